@@ -1,0 +1,61 @@
+# GNU Make 3.81 and later. Settings: see .env.example; PY=python3.13 chooses the Python, UV= does without uv.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help run verify test lint status logs clean
+UV := $(shell command -v uv 2>/dev/null)
+
+help: ## Show this help
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+run: .env .venv/ready tests/.venv/tier01 ## Prepare the agent, and start a stand-in for tier 01 unless one answers
+	@tests/tier01/tier01.sh start
+
+verify: run ## Run the agent, and prove that everybody else is turned away
+	@./verify.sh
+
+test: .venv/ready tests/.venv/test ## Run all tests
+	@tests/.venv/bin/pytest
+
+lint: .venv/ready tests/.venv/test ## Check style, types and shell
+	@tests/.venv/bin/ruff check
+	@tests/.venv/bin/ruff format --check
+	@tests/.venv/bin/pyright
+	@tests/.venv/bin/shellcheck -x verify.sh tests/tier01/tier01.sh .ci/run
+
+status: ## Say what runs
+	@tests/tier01/tier01.sh status
+
+logs: ## Show the logs of what `make run` started
+	@tests/tier01/tier01.sh logs
+
+clean: ## Stop what `make run` started and remove what it made
+	@tests/tier01/tier01.sh stop
+	@rm -rf .venv tests/.venv .pytest_cache .ruff_cache
+	@find . -name __pycache__ -prune -exec rm -rf {} +
+	@if cmp -s .env .env.example; then rm .env; fi
+
+.env:
+	@umask 077 && cp .env.example .env
+
+# $(call install,DIRECTORY,GROUP) makes a virtual environment with a group of packages of pyproject.toml.
+define install
+@set -ef; for python in $(or $(PY),python3.13 python3.12 python3) ''; do \
+	  if [ -z "$$python" ]; then echo 'make: no Python 3.12 or newer: install one, or say which: make PY=…' >&2; exit 1; fi; \
+	  ! $$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || break; \
+	done; \
+	packages=$$($$python -c 'import sys, tomllib; t = tomllib.load(open("pyproject.toml", "rb")); \
+	  print(*(t["dependency-groups"] | {"agent": t["project"]["dependencies"]})[sys.argv[1]])' $(2)); \
+	if [ -n "$(UV)" ]; then \
+	  $(UV) venv --quiet --allow-existing --python $$python $(1); $(UV) pip install --quiet --python $(1)/bin/python $$packages; \
+	else \
+	  $$python -m venv $(1); $(1)/bin/pip install --quiet --disable-pip-version-check $$packages; \
+	fi
+@touch $@
+endef
+
+.venv/ready: pyproject.toml
+	$(call install,.venv,agent)
+tests/.venv/tier01: pyproject.toml
+	$(call install,tests/.venv,tier01)
+tests/.venv/test: tests/.venv/tier01
+	$(call install,tests/.venv,test)

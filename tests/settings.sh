@@ -1,0 +1,50 @@
+# shellcheck shell=bash
+# Sourced by verify.sh and tests/tier01/tier01.sh, at the top of the repository.
+
+# setting NAME DEFAULT: gives NAME its value in the environment, else in .env, else DEFAULT. .env is read, never run.
+setting() {
+  local value=${!1-}
+  if [ -z "$value" ] && [ -f .env ]; then
+    value=$(sed -nE "s/^[[:space:]]*(export[[:space:]]+)?$1[[:space:]]*=[[:space:]]*//p" .env | tail -n 1)
+    case $value in
+      \"*) value=${value#\"} value=${value%%\"*} ;;
+      \'*) value=${value#\'} value=${value%%\'*} ;;
+      *) value=${value%%[[:space:]]#*} value=${value%"${value##*[![:space:]]}"} ;;
+    esac
+  fi
+  printf -v "$1" '%s' "${value:-$2}"
+}
+
+# fail MESSAGE: one line on standard error, exit 1.
+fail() {
+  printf '%s: %s\n' "${0##*/}" "$1" >&2
+  exit 1
+}
+
+# ask METHOD URL HEADERS [CURL OPTION]…: sets status (000 when nothing came), headers and body to what was answered.
+# The headers reach curl by standard input, because every process of the machine can read an argument.
+ask() {
+  local answer method=$1 url=$2 sent=$3
+  shift 3
+  answer=$(
+    trap '' ${unstoppable:+INT TERM}
+    printf '%s\n' "$sent" | curl --silent --show-error --include --max-time 10 --write-out '\n%{http_code}' \
+      --request "$method" --header @- "$@" "$url" 2>&1
+  ) || : # the status tells
+  answer=${answer//$'\r'/}
+  status=${answer##*$'\n'}
+  answer=${answer%$'\n'*}
+  headers=${answer%%$'\n\n'*}
+  body=${answer#*$'\n\n'}
+}
+
+for tool in curl jq; do
+  command -v "$tool" >/dev/null || fail "$tool is missing: install it, for example with apt-get or brew install $tool"
+done
+setting ISSUER_URL http://localhost:9000
+setting ADMIN_URL http://localhost:9001
+setting MCP_URL http://localhost:8080/mcp
+setting RESOURCE_URI http://localhost:8080/mcp
+setting AUTHPLANE_ADMIN_API_KEY dev-admin-key-change-me
+METADATA_URL=$ISSUER_URL/.well-known/oauth-authorization-server
+export NO_PROXY="localhost,127.0.0.1,::1${NO_PROXY:+,$NO_PROXY}" no_proxy="localhost,127.0.0.1,::1${no_proxy:+,$no_proxy}"

@@ -1,0 +1,36 @@
+"""What both programs of this folder need to serve: addresses, one line when a port is taken, an end at once."""
+
+import contextlib
+import os
+import socket
+import sys
+
+import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+
+async def serve(name: str, listeners: dict[str, ASGIApp]) -> None:
+    """Serve each app at its address until SIGINT or SIGTERM; say when all of them answer.
+
+    An address is `:port`, on loopback only, or `host:port`. Exits with one line when one can't be had.
+    """
+    sockets: list[socket.socket] = []
+    apps: dict[int, ASGIApp] = {}
+    for address, app in listeners.items():
+        host, _, port = address.rpartition(":")
+        try:
+            bound = socket.create_server((host or "127.0.0.1", int(port)))
+        except (OSError, ValueError, OverflowError) as error:
+            reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+            sys.exit(f"{name}: can't listen on {address}: {reason}")
+        sockets.append(bound)
+        apps[bound.getsockname()[1]] = app
+
+    async def by_port(scope: Scope, receive: Receive, send: Send) -> None:
+        port = scope["server"][1] if "server" in scope else next(iter(apps))  # the lifespan has no port
+        await apps[port](scope, receive, send)
+
+    config = uvicorn.Config(by_port, log_level="info", timeout_graceful_shutdown=1)
+    print(f"{name}: ready on {', '.join(listeners)}", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        await uvicorn.Server(config).serve(sockets)

@@ -1,0 +1,153 @@
+#!/usr/bin/env bash
+# Registers the resource and a client, runs the agent with them, and proves that everybody else is turned away.
+set -euo pipefail
+umask 077
+cd "$(dirname "$0")"
+# shellcheck source=tests/settings.sh
+. tests/settings.sh
+setting MCP_SERVER_NAME demo-server
+setting AUTHPLANE_DEV_MODE true
+export -n AUTHPLANE_ADMIN_API_KEY # the agent has no use for it
+
+slug=demo-mcp scope=mcp:echo client_id='' agent=''
+green='' red='' plain=''
+if [ -t 1 ] && [ -z "${NO_COLOR-}" ]; then green=$'\e[32m' red=$'\e[31m' plain=$'\e[0m'; fi
+
+# prove WHAT EXPECTED CAME HELP: prints a line; ends the run unless CAME matches EXPECTED, a regular expression.
+prove() {
+  if [[ $3 =~ ^($2)$ ]]; then
+    printf '%s✓%s %-36s %s\n' "$green" "$plain" "$1" "$3"
+  else
+    printf '%s✗%s %-36s %s\n' "$red" "$plain" "$1" "$3"
+    fail "$1: expected $2, got $3: $4"
+  fi
+}
+
+# member [JQ OPTION]… FILTER: what the filter finds in the body of the last answer, or nothing.
+member() { printf '%s' "$body" | jq -r "$@" 2>/dev/null || :; }
+
+# admin METHOD PATH [JSON]: asks the admin API.
+admin() {
+  ask "$1" "$ADMIN_URL/admin/$2" "Authorization: Bearer $AUTHPLANE_ADMIN_API_KEY
+Content-Type: application/json" ${3+--data "$3"}
+}
+
+# mint SCOPE [RESOURCE]: asks for an access token; came is the status, with the error code if there is one.
+mint() {
+  ask POST "$ISSUER_URL/oauth/token" "Authorization: Basic $basic" --data grant_type=client_credentials \
+    --data-urlencode "scope=$1" ${2+--data-urlencode "resource=$2"}
+  came="$status$(member '.error // empty | " \(.)"')"
+}
+
+# call_mcp [TOKEN]: POSTs what the agent POSTs; came is the status, with what matters of the challenge.
+call_mcp() {
+  ask POST "$MCP_URL" "Accept: application/json, text/event-stream
+Content-Type: application/json${1+
+Authorization: Bearer $1}" --data "$initialize"
+  came="$status$(grep -i '^www-authenticate:' <<<"$headers" |
+    grep -oE ' Bearer |invalid_token|resource_metadata' | tr -d ' ' | awk '{ printf " %s", $0 }' || :)"
+}
+
+# delete_client: takes the client away, with the tokens that it still has.
+delete_client() {
+  admin DELETE "clients/$client_id?force=true"
+  [ "$status" != 204 ] || client_id=''
+}
+
+# However the run ends, neither the agent nor the client outlives it.
+clean_up() {
+  local result=$?
+  trap '' INT TERM
+  if [ -n "$agent" ]; then kill "$agent" 2>/dev/null || :; fi
+  if [ -n "$client_id" ]; then
+    delete_client
+    [ -z "$client_id" ] || echo "verify.sh: client $client_id stays: DELETE was answered $status: delete it by hand" >&2
+  fi
+  rm -rf "$work"
+  exit "$result"
+}
+work=$(mktemp -d)
+trap clean_up EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+[ -x .venv/bin/python ] || fail "the agent has no .venv: make run prepares it"
+
+deadline=$((SECONDS + 10)) status=000
+until [ "$status" = 200 ] || [ "$SECONDS" -ge "$deadline" ]; do
+  ask GET "$METADATA_URL" ''
+  [ "$status" = 200 ] || sleep 0.2
+done
+prove "discovery answers" 200 "$status" "no authorization server at $ISSUER_URL: make run starts one"
+issuer=$(member '.issuer | strings')
+[ -n "$issuer" ] || fail "the metadata at $ISSUER_URL names no issuer: is that an authorization server?"
+
+initialize=$(jq -nc '{jsonrpc: "2.0", id: 1, method: "initialize", params: {protocolVersion: "2025-11-25",
+  capabilities: {}, clientInfo: {name: "demo-agent", version: "0.1.0"}}}')
+call_mcp
+prove "no token is refused" "401 Bearer resource_metadata" "$came" "is $MCP_URL a protected MCP server?"
+
+admin GET "resources?slug=$slug"
+if [ "$status" = 404 ]; then
+  admin POST resources "$(jq -nc --arg slug "$slug" --arg uri "$RESOURCE_URI" --arg scope "$scope" '{slug: $slug,
+    uri: $uri, backend_kind: "mint", display_name: "Demo MCP", scopes: [{name: $scope, description: "echo tool"}]}')"
+  [ "$status" != 409 ] || admin GET "resources?slug=$slug" # another run was faster
+fi
+case $status in
+  000) help="the admin API does not answer at ADMIN_URL=$ADMIN_URL" ;;
+  401) help="AUTHPLANE_ADMIN_API_KEY is not the key of $ADMIN_URL" ;;
+  20?) help="PATCH $ADMIN_URL/admin/resources/$(member .id) to $RESOURCE_URI with $scope, or set RESOURCE_URI" ;;
+  *) help="see the log of the authorization server" ;;
+esac
+came="$status $(member --arg uri "$RESOURCE_URI" --arg scope "$scope" \
+  'if .uri == $uri and any(.scopes[]; .name == $scope) then "'$slug'" else "\(.uri // "") \([.scopes[]?.name])" end')"
+prove "the resource is registered" "20[01] $slug" "$came" "$help"
+
+caught='' # from here until its id is known, an interrupt would leave a client behind
+trap 'caught=130' INT
+trap 'caught=143' TERM
+unstoppable=yes admin POST clients "$(jq -nc --arg scope "$scope" '{client_name: "demo-agent-client",
+  grant_types: ["client_credentials"], token_endpoint_auth_method: "client_secret_basic", scope: $scope}')"
+client_id=$(member '.client_id | strings')
+trap 'exit 130' INT
+trap 'exit 143' TERM
+[ -z "$caught" ] || exit "$caught"
+prove "a client is registered" 201 "$status" "see the log of the authorization server"
+client_secret=$(member .client_secret)
+basic=$(printf '%s:%s' "$client_id" "$client_secret" | base64 | tr -d '\n')
+
+AUTHPLANE_ISSUER=$issuer CLIENT_ID=$client_id CLIENT_SECRET=$client_secret RESOURCE_URI=$RESOURCE_URI MCP_URL=$MCP_URL \
+  MCP_SERVER_NAME=$MCP_SERVER_NAME AUTHPLANE_DEV_MODE=$AUTHPLANE_DEV_MODE \
+  .venv/bin/python agent.py >"$work/agent" 2>&1 &
+agent=$!
+result=0
+wait "$agent" || result=$?
+agent=''
+prove "the agent is let in" "0 authenticated MCP initialize OK" "$result $(tail -n 1 "$work/agent")" "see README, troubleshooting"
+
+mint "$scope" "$RESOURCE_URI"
+prove "its credentials mint" 200 "$came" "see the log of the authorization server"
+token=$(member .access_token)
+
+right=$basic basic=$(printf '%s:%s' "$client_id" not-the-secret | base64 | tr -d '\n')
+mint "$scope" "$RESOURCE_URI"
+prove "a wrong secret is refused" "401 invalid_client" "$came" "the authorization server must check the secret"
+basic=$right
+mint mcp:not-granted "$RESOURCE_URI"
+prove "another scope is refused" "400 invalid_scope" "$came" "the authorization server must not widen scopes"
+mint "$scope" "$RESOURCE_URI/not-registered"
+prove "an unknown resource is refused" "400 invalid_(target|scope)" "$came" "the authorization server must know the resource"
+
+call_mcp "${token%??????????}AAAAAAAAAA"
+prove "a tampered token is refused" "401.*" "$came" "the MCP server must verify the signature"
+mint "$scope"
+prove "a token for another audience" 200 "$came" "see the log of the authorization server"
+call_mcp "$(member .access_token)"
+prove "is refused" "401.*" "$came" "the MCP server must compare the audience with $RESOURCE_URI"
+
+deleted=$client_id
+delete_client
+prove "client deleted" 204 "$status" "delete $deleted by hand"
+mint "$scope" "$RESOURCE_URI"
+prove "its credentials no longer mint" "401 invalid_client" "$came" "the authorization server must forget $deleted"
+printf '%sALL CHECKS PASSED%s\n' "$green" "$plain"
