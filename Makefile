@@ -7,7 +7,8 @@ UV := $(shell command -v uv 2>/dev/null)
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
-run: .env .venv/ready tests/.venv/tier01 ## Prepare the agent, and start a stand-in for tier 01 unless one answers
+run: .env ## Prepare the agent, and start a stand-in for tier 01 unless one answers
+	@$(MAKE) --no-print-directory -j2 .venv/ready tests/.venv/tier01
 	@tests/tier01/tier01.sh start
 
 verify: run ## Run the agent, and prove that everybody else is turned away
@@ -37,18 +38,21 @@ clean: ## Stop what `make run` started and remove what it made
 .env:
 	@umask 077 && cp .env.example .env
 
-# $(call install,DIRECTORY,GROUP) makes a virtual environment with a group of packages of pyproject.toml.
+# $(call install,DIRECTORY,GROUP): a virtual environment with a group of packages of pyproject.toml.
 define install
 @set -ef; for python in $(or $(PY),python3.13 python3.12 python3) ''; do \
-	  if [ -z "$$python" ]; then echo 'make: no Python 3.12 or newer: install one, or say which: make PY=…' >&2; exit 1; fi; \
+	  if [ -z "$$python" ]; then echo 'make: no Python 3.12 or newer: install one, or name it: make PY=…' >&2; exit 1; fi; \
 	  ! $$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || break; \
 	done; \
 	packages=$$($$python -c 'import sys, tomllib; t = tomllib.load(open("pyproject.toml", "rb")); \
 	  print(*(t["dependency-groups"] | {"agent": t["project"]["dependencies"]})[sys.argv[1]])' $(2)); \
 	if [ -n "$(UV)" ]; then \
-	  $(UV) venv --quiet --allow-existing --python $$python $(1); $(UV) pip install --quiet --python $(1)/bin/python $$packages; \
+	  $(UV) venv --quiet --allow-existing --python $$python $(1); \
+	  $(UV) pip install --quiet --python $(1)/bin/python $$packages; \
 	else \
-	  $$python -m venv $(1); $(1)/bin/pip install --quiet --disable-pip-version-check $$packages; \
+	  $$python -m venv $(1); \
+	  $(1)/bin/pip install --quiet --disable-pip-version-check --upgrade pip; \
+	  $(1)/bin/pip install --quiet --no-compile $$packages; \
 	fi
 @touch $@
 endef

@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 import warnings
-from contextlib import aclosing
 
 import httpx
 
@@ -18,25 +17,26 @@ REQUIRED = ["MCP_URL", "AUTHPLANE_ISSUER", "CLIENT_ID", "CLIENT_SECRET", "RESOUR
 VERSION, CLIENT_INFO = "2025-11-25", {"name": "demo-agent", "version": "0.1.0"}
 PARAMS = {"protocolVersion": VERSION, "capabilities": {}, "clientInfo": CLIENT_INFO}
 INITIALIZE = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": PARAMS}
+headers = {"Accept": "application/json, text/event-stream"}
 steps = ["settings"]  # the last one is where a failure happened
-secrets: list[str] = []  # never printed, whoever sends them back
 
 
 def printable(text: str) -> str:
-    for secret in secrets:
-        text = text.replace(secret, "[hidden]")
+    """Return text as one line, without control characters, the client secret and the token."""
+    for secret in [os.environ.get("CLIENT_SECRET"), headers.get("Authorization", "Bearer ")[7:]]:
+        text = text.replace(secret, "[hidden]") if secret else text
     return "".join(c if c.isprintable() else " " for c in text)
 
 
 async def read_reply(response: httpx.Response) -> str:
     """Return the reply from an SSE stream, else the whole body; raise ValueError if refused."""
     if response.status_code != 200:
-        headers = [response.headers.get(name, "") for name in ("WWW-Authenticate", "Location")]
-        raise ValueError(" ".join([str(response.status_code), response.reason_phrase, *headers]))
+        told = [response.headers.get(name, "") for name in ("WWW-Authenticate", "Location")]
+        raise ValueError(" ".join([str(response.status_code), response.reason_phrase, *told]))
     body = b""
     async for chunk in response.aiter_bytes():
         if len(body := body + chunk) > 1_000_000:
-            raise ValueError("no end of the reply in sight after a megabyte")
+            raise ValueError("no end of the reply after a megabyte")
         for event in body.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n\n")[:-1]:
             data = b"\n".join(line[5:] for line in event.split(b"\n") if line.startswith(b"data:"))
             match json.loads(data.strip() or b"null"):
@@ -46,32 +46,31 @@ async def read_reply(response: httpx.Response) -> str:
 
 
 async def main() -> str:
-    """Return the reply to `initialize` (MCP 2025-11-25) of the expected server; raise otherwise."""
+    """Return the reply of the expected server to `initialize` (MCP 2025-11-25); raise otherwise."""
     if unset := [name for name in REQUIRED if not os.environ.get(name)]:
         raise ValueError(f"{', '.join(unset)} not set")
     url, issuer, client_id, client_secret, resource = (os.environ[name] for name in REQUIRED)
-    headers = {"Accept": "application/json, text/event-stream"}
     async with asyncio.timeout(30), httpx.AsyncClient(timeout=10) as http:
         # authplane:begin
         steps.append(f"access token from {issuer}")
-        secrets.append(client_secret)
         credentials = ASCredentials(client_id, client_secret)
-        async with aclosing(await AuthplaneClient.create(issuer, auth=credentials)) as client:
-            token = await client.client_credentials(scopes=["mcp:echo"], resources=[resource])
-        secrets.append(token.access_token)
+        client = await AuthplaneClient.create(issuer, auth=credentials)
+        token = await client.client_credentials(scopes=["mcp:echo"], resources=[resource])
         headers["Authorization"] = f"Bearer {token.access_token}"
+        await client.aclose()
         # authplane:end
         steps.append(f"initialize at {url}")
         async with http.stream("POST", url, json=INITIALIZE, headers=headers) as response:
             reply = await read_reply(response)
-        if session := response.headers.get("Mcp-Session-Id"):  # the server may refuse to end it: 405
-            headers |= {"Mcp-Session-Id": session, "MCP-Protocol-Version": VERSION}
-            await http.delete(url, headers=headers)
+        if session := response.headers.get("Mcp-Session-Id"):
+            headers.update({"Mcp-Session-Id": session, "MCP-Protocol-Version": VERSION})
+            await http.delete(url, headers=headers)  # 405 is fine: then it ends by itself
+    steps.append(f"{steps[-1]}: {reply[:300]}")
     expected = os.environ.get("MCP_SERVER_NAME") or "demo-server"
     match json.loads(reply):
         case {"id": 1, "result": {"serverInfo": {"name": name}}} if name == expected:
             return reply
-    raise ValueError(f"not a reply of {expected}: {reply}")
+    raise ValueError(f"no result.serverInfo.name {expected!r}")
 
 
 if __name__ == "__main__":
@@ -80,5 +79,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        kind = getattr(error, "code", type(error.__cause__ or error).__name__)
-        sys.exit(printable(f"agent.py: {steps[-1]}: {kind}: {error}")[:500])
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        kind = getattr(error, "code", type(cause).__name__)
+        sys.exit(printable(f"agent.py: {steps[-1]}: {str(error)[:500]} ({kind})"))

@@ -27,7 +27,7 @@ ask() {
   local answer method=$1 url=$2 sent=$3
   shift 3
   answer=$(
-    trap '' ${unstoppable:+INT TERM}
+    [ -z "${unstoppable-}" ] || trap '' INT TERM
     printf '%s\n' "$sent" | curl --silent --show-error --include --max-time 10 --write-out '\n%{http_code}' \
       --request "$method" --header @- "$@" "$url" 2>&1
   ) || : # the status tells

@@ -116,7 +116,9 @@ class Authserver:
             "token_endpoint_auth_methods_supported": ["client_secret_basic", "client_secret_post"],
             "resource_indicators_supported": True,
         }
-        if scopes := [scope["name"] for resource in self.in_slug_order() for scope in resource.scopes]:
+        if scopes := [
+            scope["name"] for resource in self.in_slug_order() for scope in resource.scopes
+        ]:
             document["scopes_supported"] = list(dict.fromkeys(scopes))
         return answer(document, headers={"Cache-Control": "public, max-age=3600"})
 
@@ -142,7 +144,9 @@ class Authserver:
         if client is None or not hmac.compare_digest(client.secret.encode(), secret.encode()):
             return oauth_error("invalid_client", "client authentication failed")
         if grant not in client.grant_types:
-            return oauth_error("unauthorized_client", "client is not authorized for this grant type")
+            return oauth_error(
+                "unauthorized_client", "client is not authorized for this grant type"
+            )
         audience, scopes = self.issuer, set(client.scope.split())
         requested = set(form.get("scope", "").split())
         resource = None
@@ -153,9 +157,13 @@ class Authserver:
                 return oauth_error("invalid_target", refused)
             audience = uri
         if not requested <= scopes:
-            return oauth_error("invalid_scope", SCOPE_REFUSED + "exceeds the client's registered scopes")
+            return oauth_error(
+                "invalid_scope", SCOPE_REFUSED + "exceeds the client's registered scopes"
+            )
         if resource and not requested <= resource.scope_names:
-            return oauth_error("invalid_scope", SCOPE_REFUSED + "is not declared by the target resource")
+            return oauth_error(
+                "invalid_scope", SCOPE_REFUSED + "is not declared by the target resource"
+            )
         granted = requested or (scopes & resource.scope_names if resource else scopes)
         body = {
             "access_token": self.sign(client, audience, granted),
@@ -196,7 +204,9 @@ class Authserver:
 
     # The admin listener
 
-    async def authenticate(self, request: Request, forward: Callable[[Request], Awaitable[Response]]) -> Response:
+    async def authenticate(
+        self, request: Request, forward: Callable[[Request], Awaitable[Response]]
+    ) -> Response:
         scheme, _, key = request.headers.get("Authorization", "").partition(" ")
         if scheme != "Bearer" or not key:
             reason = "missing API key"
@@ -205,7 +215,9 @@ class Authserver:
         else:
             return await forward(request)
         challenge = {"WWW-Authenticate": 'Bearer realm="admin"'}
-        return answer({"error": "unauthorized", "error_description": reason}, 401, headers=challenge)
+        return answer(
+            {"error": "unauthorized", "error_description": reason}, 401, headers=challenge
+        )
 
     async def all_resources(self, request: Request) -> Response:
         if request.method == "POST":
@@ -213,7 +225,9 @@ class Authserver:
         slug = request.query_params.get("slug")
         if slug is None:
             return answer([resource.view() for resource in self.in_slug_order()])
-        found = next((resource for resource in self.resources.values() if resource.slug == slug), None)
+        found = next(
+            (resource for resource in self.resources.values() if resource.slug == slug), None
+        )
         return answer(found.view()) if found else problem(404, "resource not found")
 
     async def create_resource(self, request: Request) -> Response:
@@ -254,14 +268,21 @@ class Authserver:
         client = Client(
             name=str(body.get("client_name", "")),
             grant_types=body.get("grant_types") or ["authorization_code"],
-            token_endpoint_auth_method=body.get("token_endpoint_auth_method") or "client_secret_basic",
+            token_endpoint_auth_method=body.get("token_endpoint_auth_method")
+            or "client_secret_basic",
             scope=str(body.get("scope", "")),
         )
         if refused := bad_client(client):
-            return problem(400, f"client authentication failed: client validation failed: {refused}")
+            return problem(
+                400, f"client authentication failed: client validation failed: {refused}"
+            )
         self.clients[client.id] = client
         view = client.view()
-        shown_once = {"client_id": view.pop("id"), "client_secret": client.secret, "client_name": view.pop("name")}
+        shown_once = {
+            "client_id": view.pop("id"),
+            "client_secret": client.secret,
+            "client_name": view.pop("name"),
+        }
         return answer(shown_once | view, 201)
 
     async def one_client(self, request: Request) -> Response:
@@ -291,7 +312,10 @@ def now() -> str:
 
 
 def answer(
-    body: Any, status: int = 200, media_type: str = "application/json", headers: dict[str, str] | None = None
+    body: Any,
+    status: int = 200,
+    media_type: str = "application/json",
+    headers: dict[str, str] | None = None,
 ) -> Response:
     """Return a JSON response; like the real one's, its body ends with a newline."""
     text = json.dumps(body, ensure_ascii=False, separators=(",", ":")) + "\n"
@@ -300,7 +324,12 @@ def answer(
 
 def problem(status: int, detail: str) -> Response:
     """Return an admin API error (RFC 9457): it has no `error` member."""
-    body = {"detail": detail, "status": status, "title": HTTPStatus(status).phrase, "type": "about:blank"}
+    body = {
+        "detail": detail,
+        "status": status,
+        "title": HTTPStatus(status).phrase,
+        "type": "about:blank",
+    }
     return answer(body, status, "application/problem+json")
 
 
@@ -366,10 +395,16 @@ def bad_resource(members: Json) -> Response | None:
     """Return the error for a resource that can't be, None for one that can."""
     uri = urlsplit(str(members.get("uri", "urn:not-sent")))
     scopes = members.get("scopes", [])
-    named = isinstance(scopes, list) and all(isinstance(one, dict) and one.get("name") for one in scopes)
+    named = isinstance(scopes, list) and all(
+        isinstance(one, dict) and one.get("name") for one in scopes
+    )
     if not named:
         return problem(400, "invalid JSON body: scopes must be a list of objects with a name")
-    if members.get("backend_kind", "mint") != "mint" or not uri.scheme or not (uri.netloc or uri.path):
+    if (
+        members.get("backend_kind", "mint") != "mint"
+        or not uri.scheme
+        or not (uri.netloc or uri.path)
+    ):
         return problem(500, "internal error")
     return None
 
@@ -380,7 +415,11 @@ def bad_client(client: Client) -> str | None:
         return "client_name is required"
     if client.token_endpoint_auth_method not in ("client_secret_basic", "client_secret_post"):
         return f'unsupported token_endpoint_auth_method "{client.token_endpoint_auth_method}"'
-    if unknown := set(client.grant_types) - {"authorization_code", "refresh_token", "client_credentials"}:
+    if unknown := set(client.grant_types) - {
+        "authorization_code",
+        "refresh_token",
+        "client_credentials",
+    }:
         return f'unsupported grant_type "{min(unknown)}"'
     return None
 
@@ -396,7 +435,9 @@ async def on_error(_: Request, error: Exception) -> Response:
 
 
 def listener(*routes: Route, middleware: list[Middleware] | None = None) -> Starlette:
-    return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: on_error})
+    return Starlette(
+        routes=routes, middleware=middleware, exception_handlers={HTTPException: on_error}
+    )
 
 
 async def main() -> None:

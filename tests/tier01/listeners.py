@@ -21,13 +21,17 @@ async def serve(name: str, listeners: dict[str, ASGIApp]) -> None:
         try:
             bound = socket.create_server((host or "127.0.0.1", int(port)))
         except (OSError, ValueError, OverflowError) as error:
-            reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+            reason = (
+                os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+            )
             sys.exit(f"{name}: can't listen on {address}: {reason}")
         sockets.append(bound)
         apps[bound.getsockname()[1]] = app
 
     async def by_port(scope: Scope, receive: Receive, send: Send) -> None:
-        port = scope["server"][1] if "server" in scope else next(iter(apps))  # the lifespan has no port
+        port = (
+            scope["server"][1] if "server" in scope else next(iter(apps))
+        )  # the lifespan has no port
         await apps[port](scope, receive, send)
 
     config = uvicorn.Config(by_port, log_level="info", timeout_graceful_shutdown=1)

@@ -14,10 +14,10 @@ running() {
   { ps -o args= -p "$pid" || tr '\0' ' ' <"/proc/$pid/cmdline"; } 2>/dev/null | grep -q "tests/tier01/$1.py"
 }
 
-# launch NAME: runs tests/tier01/NAME.py, out of reach of this terminal's Ctrl-C.
+# launch NAME: runs tests/tier01/NAME.py, out of reach of this terminal's Ctrl-C; bytecode makes the next start fast.
 launch() {
   set -m
-  nohup tests/.venv/bin/python "tests/tier01/$1.py" >"$state/$1.log" 2>&1 </dev/null &
+  nohup env -u PYTHONDONTWRITEBYTECODE tests/.venv/bin/python "tests/tier01/$1.py" >"$state/$1.log" 2>&1 </dev/null &
   echo $! >"$state/$1.pid"
   set +m
 }

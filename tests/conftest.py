@@ -1,0 +1,286 @@
+"""Shared fixtures: tier 01 as processes on ports of its own, fake servers, and the programs under test."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).parent.parent
+AGENT_PYTHON = os.environ.get("AGENT_PYTHON") or str(ROOT / ".venv/bin/python")
+KEY = "test-admin-key-0123456789"
+RESOURCE = {
+    "slug": "demo-mcp",
+    "backend_kind": "mint",
+    "display_name": "Demo MCP",
+    "scopes": [{"name": "mcp:echo", "description": "echo tool"}],
+}
+CLIENT = {
+    "client_name": "demo-agent-client",
+    "grant_types": ["client_credentials"],
+    "token_endpoint_auth_method": "client_secret_basic",
+    "scope": "mcp:echo",
+}
+
+type Result = subprocess.CompletedProcess[str]
+
+
+def plain_environment(**settings: str) -> dict[str, str]:
+    """Return an environment without this machine's proxies and without settings of somebody's shell."""
+    kept = ("PATH", "HOME", "LANG", "TMPDIR", "USER")
+    return {name: os.environ[name] for name in kept if name in os.environ} | settings
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports of loopback that nobody listens on."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 20) -> None:
+    """Poll until the condition holds; fail with what was awaited."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.02)
+
+
+def status_of(method: str, url: str) -> int:
+    """Return the HTTP status, 0 when nothing answers."""
+    try:
+        return httpx.request(method, url, trust_env=False).status_code
+    except httpx.TransportError:
+        return 0
+
+
+@dataclass(frozen=True)
+class Tier01:
+    """The addresses of a running tier 01, and its admin API."""
+
+    issuer: str
+    admin_url: str
+    mcp_url: str
+    logs: Path
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The settings that `verify.sh` and `make` need to find it."""
+        return {
+            "ISSUER_URL": self.issuer,
+            "ADMIN_URL": self.admin_url,
+            "MCP_URL": self.mcp_url,
+            "RESOURCE_URI": self.mcp_url,
+            "AUTHPLANE_ADMIN_API_KEY": KEY,
+        }
+
+    def admin(self, method: str, path: str, **options: Any) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {KEY}"}
+        return httpx.request(
+            method, f"{self.admin_url}/admin/{path}", headers=headers, trust_env=False, **options
+        )
+
+    def clients(self) -> list[str]:
+        return [client["id"] for client in self.admin("GET", "clients").json()]
+
+    def token(self, credentials: tuple[str, str], **form: str) -> httpx.Response:
+        data = {"grant_type": "client_credentials"} | form
+        return httpx.post(
+            f"{self.issuer}/oauth/token", auth=credentials, data=data, trust_env=False
+        )
+
+
+@contextmanager
+def program(name: str, log: Path, **settings: str) -> Generator[subprocess.Popen[bytes]]:
+    """Run tests/tier01/NAME.py, from another folder; end it with SIGTERM."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "tests/tier01" / name],
+            cwd="/",
+            env=plain_environment(**settings),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            yield process
+        finally:
+            process.terminate()
+            process.wait(10)
+
+
+@contextmanager
+def running_tier01(logs: Path) -> Generator[Tier01]:
+    """Run both programs of tests/tier01 on free ports."""
+    public, admin, mcp = free_ports(3)
+    issuer, mcp_base = f"http://localhost:{public}", f"http://localhost:{mcp}"
+    tier01 = Tier01(issuer, f"http://localhost:{admin}", f"{mcp_base}/mcp", logs)
+    authserver = program(
+        "authserver.py",
+        logs / "authserver.log",
+        AUTHPLANE_SERVER_ISSUER=issuer,
+        AUTHPLANE_SERVER_ADDRESS=f":{public}",
+        AUTHPLANE_ADMIN_ADDRESS=f":{admin}",
+        AUTHPLANE_ADMIN_API_KEY=KEY,
+    )
+    mcp_server = program(
+        "mcp_server.py",
+        logs / "mcp_server.log",
+        AUTHPLANE_ISSUER=issuer,
+        AUTHPLANE_BASE_URL=mcp_base,
+        PORT=str(mcp),
+    )
+    with authserver, mcp_server:
+        wait_until(lambda: status_of("POST", tier01.mcp_url) == 401, f"tier 01, see {logs}")
+        yield tier01
+
+
+@pytest.fixture(scope="session")
+def tier01(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tier01]:
+    """A tier 01 with the resource `demo-mcp`."""
+    with running_tier01(tmp_path_factory.mktemp("tier01")) as running:
+        running.admin("POST", "resources", json=RESOURCE | {"uri": running.mcp_url})
+        yield running
+
+
+@pytest.fixture
+def credentials(tier01: Tier01) -> Iterator[tuple[str, str]]:
+    """A client of tier 01 that may have `mcp:echo`."""
+    client = tier01.admin("POST", "clients", json=CLIENT).json()
+    yield client["client_id"], client["client_secret"]
+    tier01.admin("DELETE", f"clients/{client['client_id']}", params={"force": "true"})
+
+
+@pytest.fixture
+def agent_settings(tier01: Tier01, credentials: tuple[str, str]) -> dict[str, str]:
+    """What the agent needs to be let in by tier 01."""
+    return {
+        "AUTHPLANE_ISSUER": tier01.issuer,
+        "CLIENT_ID": credentials[0],
+        "CLIENT_SECRET": credentials[1],
+        "RESOURCE_URI": tier01.mcp_url,
+        "MCP_URL": tier01.mcp_url,
+        "AUTHPLANE_DEV_MODE": "true",
+    }
+
+
+def run_agent(settings: dict[str, str], program: Path = ROOT / "agent.py") -> Result:
+    """Run the agent, or another client, as a program."""
+    return subprocess.run(
+        [AGENT_PYTHON, program],
+        env=plain_environment(**settings),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request as a fake server saw it; the names of headers are in lower case."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+
+type Answer = bytes | Iterable[bytes] | None
+type Handler = Callable[[Request], Answer]
+
+
+@dataclass
+class Fake:
+    """A server that answers what a real one can't be made to: bytes as they are, or nothing at all."""
+
+    handler: Handler
+    requests: list[Request] = field(default_factory=list[Request])
+    closing: threading.Event = field(default_factory=threading.Event)
+    listener: socket.socket = field(
+        default_factory=lambda: socket.create_server(("127.0.0.1", 0), backlog=64)
+    )
+
+    @property
+    def url(self) -> str:
+        return f"http://localhost:{self.listener.getsockname()[1]}"
+
+    def serve(self) -> None:
+        while not self.closing.is_set():
+            try:
+                connection = self.listener.accept()[0]
+            except OSError:
+                return
+            threading.Thread(target=self.answer, args=(connection,), daemon=True).start()
+
+    def answer(self, connection: socket.socket) -> None:
+        """Answer one request, then close; None as the answer, or at its end, keeps the connection open."""
+        with connection, connection.makefile("rb") as incoming:
+            method, path, _ = incoming.readline().decode().split(" ", 2)
+            headers: dict[str, str] = {}
+            while line := incoming.readline().decode().strip():
+                name, _, value = line.partition(":")
+                headers[name.lower()] = value.strip()
+            body = incoming.read(int(headers.get("content-length", "0")))
+            request = Request(method, path, headers, body)
+            self.requests.append(request)
+            answer = self.handler(request)
+            try:
+                for part in [answer] if isinstance(answer, bytes) else answer or []:
+                    connection.sendall(part)
+            except OSError:
+                return
+            if answer is None:
+                self.closing.wait(60)
+
+    def close(self) -> None:
+        self.closing.set()
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+
+@pytest.fixture
+def fake() -> Iterator[Callable[[Handler], Fake]]:
+    """Start fake servers; they end with the test."""
+    started: list[Fake] = []
+
+    def start(handler: Handler) -> Fake:
+        server = Fake(handler)
+        started.append(server)
+        threading.Thread(target=server.serve, daemon=True).start()
+        return server
+
+    yield start
+    for server in started:
+        server.close()
+
+
+def http(status: str, body: str | bytes = b"", **headers: str) -> bytes:
+    """Return the bytes of an HTTP response; in header names, _ stands for -."""
+    content = body.encode() if isinstance(body, str) else body
+    fields = {"content_length": str(len(content)), "connection": "close"} | headers
+    lines = [f"{name.replace('_', '-')}: {value}" for name, value in fields.items()]
+    return "\r\n".join([f"HTTP/1.1 {status}", *lines, "", ""]).encode() + content
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the repository as a clone would have it, uncommitted changes included."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    copy = tmp_path / "checkout"
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+    return copy
