@@ -7,17 +7,17 @@ UV := $(shell command -v uv 2>/dev/null)
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
-run: .env ## Prepare the agent, and start a stand-in for tier 01 unless one answers
-	@$(MAKE) --no-print-directory -j2 .venv/ready tests/.venv/tier01
+run: .env ## Prepare the agent; start a tier 01 unless one answers
+	@$(MAKE) -s --no-print-directory -j2 .venv/ready tests/.venv/tier01
 	@tests/tier01/tier01.sh start
 
-verify: run ## Run the agent, and prove that everybody else is turned away
+verify: run ## Run the agent; prove that all others are turned away
 	@./verify.sh
 
 test: .venv/ready tests/.venv/test ## Run all tests
 	@tests/.venv/bin/pytest
 
-lint: .venv/ready tests/.venv/test ## Check style, types and shell
+lint: .venv/ready tests/.venv/test ## Check style, types, shell and Dockerfile
 	@tests/.venv/bin/ruff check
 	@tests/.venv/bin/ruff format --check
 	@tests/.venv/bin/pyright
@@ -29,7 +29,7 @@ status: ## Say what runs
 logs: ## Show the logs of what `make run` started
 	@tests/tier01/tier01.sh logs
 
-clean: ## Stop what `make run` started and remove what it made
+clean: ## Stop and remove what `make run` started and made
 	@tests/tier01/tier01.sh stop
 	@rm -rf .venv tests/.venv .pytest_cache .ruff_cache
 	@find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,6 +1,7 @@
 """Shared fixtures: tier 01 as processes on ports of its own, fake servers, and the programs under test."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -35,10 +36,16 @@ CLIENT = {
 type Result = subprocess.CompletedProcess[str]
 
 
+SOMEBODYS = re.compile(
+    r"(?i)(.*_proxy|python.*|make.*|mflags|py|uv|no_color|tier01.*|authplane_.*|authserver_.*"
+    r"|client_(id|secret)|resource_uri|(mcp|issuer|admin)_url|mcp_server_name)"
+)
+
+
 def plain_environment(**settings: str) -> dict[str, str]:
-    """Return an environment without this machine's proxies and without settings of somebody's shell."""
-    kept = ("PATH", "HOME", "LANG", "TMPDIR", "USER")
-    return {name: os.environ[name] for name in kept if name in os.environ} | settings
+    """Return the environment without proxies and without what somebody's shell or make has set."""
+    kept = {name: value for name, value in os.environ.items() if not SOMEBODYS.fullmatch(name)}
+    return kept | settings
 
 
 def free_ports(count: int) -> list[int]:

@@ -19,6 +19,7 @@ from conftest import (
     Fake,
     Handler,
     Request,
+    Result,
     Tier01,
     http,
     plain_environment,
@@ -109,15 +110,19 @@ def endless(head: bytes, part: bytes, content_type: str = JSON) -> Iterator[byte
 
 
 def call(
-    start: StartFake, mcp: Answer | Handler, sdk: Handler | None = None, **settings: str
-) -> tuple[Any, Fake, Fake]:
+    start: StartFake,
+    mcp: Answer | Handler = None,
+    authserver: Handler | None = None,
+    settings: dict[str, str] | None = None,
+) -> tuple[Result, Fake, Fake]:
     """Run the agent against fakes; return its result and both fakes."""
-    issuer = start(sdk or authorization_server())
-    server = start(
-        mcp
-        if callable(mcp)
-        else lambda request: mcp if request.method == "POST" else http("405 No")
-    )
+
+    def answer(request: Request) -> Answer:
+        if callable(mcp):
+            return mcp(request)
+        return mcp if request.method == "POST" else http("405 Method Not Allowed")
+
+    issuer, server = start(authserver or authorization_server()), start(answer)
     required = {
         "AUTHPLANE_ISSUER": issuer.url,
         "CLIENT_ID": "agent",
@@ -126,7 +131,7 @@ def call(
         "MCP_URL": f"{server.url}/mcp",
         "AUTHPLANE_DEV_MODE": "1",
     }
-    return run_agent(required | settings), issuer, server
+    return run_agent(required | (settings or {})), issuer, server
 
 
 def test_asks_for_one_scope_and_one_resource(fake: StartFake) -> None:
@@ -254,7 +259,7 @@ MCP_FAILURES: dict[str, tuple[Answer, list[str]]] = {
 }
 
 
-def one_line(result: Any, *fragments: str) -> None:
+def one_line(result: Result, *fragments: str) -> None:
     """Check what every failure has in common, and what this one must say."""
     assert result.returncode == 1
     assert result.stdout == ""
@@ -336,7 +341,7 @@ AS_FAILURES: dict[str, tuple[dict[str, Any], list[str]]] = {
 def test_says_what_the_authorization_server_answered(
     fake: StartFake, answers: dict[str, Any], told: list[str]
 ) -> None:
-    result, issuer, server = call(fake, None, authorization_server(**answers))
+    result, issuer, server = call(fake, authserver=authorization_server(**answers))
     one_line(result, f"access token from {issuer.url}", *told)
     assert len(result.stderr) < 700
     assert server.requests == []
@@ -344,7 +349,7 @@ def test_says_what_the_authorization_server_answered(
 
 def test_shows_both_issuers(fake: StartFake) -> None:
     other = authorization_server(metadata=metadata(issuer="https://other.example"))
-    result, issuer, _ = call(fake, None, other)
+    result, issuer, _ = call(fake, authserver=other)
     one_line(result, f"'{issuer.url}'", "'https://other.example'")
 
 
@@ -381,10 +386,10 @@ SETTINGS: dict[str, tuple[dict[str, str], list[str]]] = {
 def test_says_which_setting_is_wrong(
     fake: StartFake, settings: dict[str, str], told: list[str]
 ) -> None:
-    one_line(call(fake, None, **settings)[0], *told)
+    one_line(call(fake, settings=settings)[0], *told)
 
 
-WAITS = {
+WAITS: dict[str, tuple[dict[str, Answer], bytes | None, str]] = {
     "metadata": ({"metadata": None}, None, "access token from"),
     "token": ({"token": None}, None, "access token from"),
     "no answer": ({}, None, "initialize at"),

@@ -1,13 +1,12 @@
 """A stand-in for the Authplane authserver: what a `client_credentials` agent and its set-up touch.
 
-Two listeners, as the real one has: the public one (metadata, JWKS, token endpoint) and the admin one (resources,
-clients). It signs real ES256 access tokens (RFC 9068), keeps everything in memory and has nothing for users: no
-authorization endpoint, no refresh token, no rate limit.
+Two listeners, as the real one has: the public one (metadata, JWKS, token endpoint) and the admin
+one (resources, clients). It signs real ES256 access tokens (RFC 9068), keeps everything in memory
+and has nothing for users: no authorization endpoint, no refresh token, no rate limit.
 """
 
 import asyncio
 import base64
-import binascii
 import hmac
 import json
 import os
@@ -15,11 +14,11 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any
-from urllib.parse import parse_qsl, unquote_plus, urlsplit
+from urllib.parse import parse_qsl, unquote_plus
 
 from joserfc import jwt
 from joserfc.jwk import ECKey
@@ -37,24 +36,46 @@ from listeners import serve
 TOKEN_SECONDS = 3600
 MAX_FORM_BYTES = 64 * 1024
 SLUG = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
-RESOURCE_MEMBERS = {"slug", "uri", "backend_kind", "display_name", "scopes"}
+ABSOLUTE_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:.")
+BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
+SCOPE_SHAPE = {"name": str, "description": str}
+RESOURCE_SHAPE = {
+    "slug": str,
+    "uri": str,
+    "backend_kind": str,
+    "display_name": str,
+    "scopes": [SCOPE_SHAPE],
+}
+CLIENT_SHAPE = {
+    "client_name": str,
+    "grant_types": [str],
+    "token_endpoint_auth_method": str,
+    "scope": str,
+}
+AUTH_METHODS = {"client_secret_basic", "client_secret_post"}
+GRANT_TYPES = {"authorization_code", "refresh_token", "client_credentials"}
 SCOPE_REFUSED = "the requested scope is invalid or not allowed: the requested scope "
 
 type Json = dict[str, Any]
+
+
+def now() -> str:
+    """Return the time as RFC 3339 writes it, in UTC."""
+    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
 
 
 @dataclass
 class Resource:
     """A registered protected resource, the `resource` of RFC 8707."""
 
-    slug: str
-    uri: str
+    slug: str = ""
+    uri: str = ""
+    backend_kind: str = ""
     display_name: str = ""
-    backend_kind: str = "mint"
     scopes: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
     id: str = field(default_factory=lambda: secrets.token_urlsafe(16))
-    created_at: str = field(default_factory=lambda: now())
-    updated_at: str = field(default_factory=lambda: now())
+    created_at: str = field(default_factory=now)
+    updated_at: str = field(default_factory=now)
     minted: bool = False
 
     @property
@@ -62,7 +83,7 @@ class Resource:
         return {scope["name"] for scope in self.scopes}
 
     def view(self) -> Json:
-        members = vars(self) | {"broker_provider_id": "", "policy": {}}
+        members: Json = {**vars(self), "broker_provider_id": "", "policy": {}}
         del members["minted"]
         return members
 
@@ -77,7 +98,7 @@ class Client:
     scope: str
     id: str = field(default_factory=lambda: secrets.token_urlsafe(16))
     secret: str = field(default_factory=lambda: secrets.token_urlsafe(32))
-    issued_at: str = field(default_factory=lambda: now())
+    issued_at: str = field(default_factory=now)
     tokens_until: float = 0
 
     def view(self) -> Json:
@@ -106,7 +127,7 @@ class Authserver:
     # The public listener
 
     async def metadata(self, _: Request) -> Response:
-        """Authorization server metadata (RFC 8414), naming nothing that this stand-in does not serve."""
+        """Authorization server metadata (RFC 8414), of what this stand-in serves and no more."""
         document: Json = {
             "issuer": self.issuer,
             "token_endpoint": f"{self.issuer}/oauth/token",
@@ -132,7 +153,7 @@ class Authserver:
         return answer({"status": "alive", "time": now()})
 
     async def token(self, request: Request) -> Response:
-        """The token endpoint for the `client_credentials` grant (RFC 6749 section 4.4.2, RFC 8707 section 2)."""
+        """The token endpoint, RFC 6749 section 4.4.2 with the `resource` of RFC 8707."""
         form = parse_form(await read(request, MAX_FORM_BYTES))
         if form is None:
             return oauth_error("invalid_request", "invalid form body")
@@ -153,8 +174,11 @@ class Authserver:
         if uri := form.get("resource"):
             resource = next((one for one in self.in_slug_order() if one.uri == uri), None)
             if resource is None:
-                refused = f'the requested resource target is unavailable: resource "{uri}" is not a registered resource'
-                return oauth_error("invalid_target", refused)
+                return oauth_error(
+                    "invalid_target",
+                    "the requested resource target is unavailable: "
+                    f'resource "{uri}" is not a registered resource',
+                )
             audience = uri
         if not requested <= scopes:
             return oauth_error(
@@ -176,7 +200,7 @@ class Authserver:
         return answer(body, headers={"Cache-Control": "no-store", "Pragma": "no-cache"})
 
     def sign(self, client: Client, audience: str, scopes: Iterable[str]) -> str:
-        """Return a JWT access token (RFC 9068) that lives for TOKEN_SECONDS, and note that the client has one."""
+        """Return a JWT access token (RFC 9068), and note how long the client has a live one."""
         issued = int(time.time())
         client.tokens_until = issued + TOKEN_SECONDS
         claims = {
@@ -210,7 +234,9 @@ class Authserver:
         scheme, _, key = request.headers.get("Authorization", "").partition(" ")
         if scheme != "Bearer" or not key:
             reason = "missing API key"
-        elif not self.admin_key or not hmac.compare_digest(key.encode(), self.admin_key.encode()):
+        elif not self.admin_key or not hmac.compare_digest(
+            key.encode("latin-1"), self.admin_key.encode()
+        ):
             reason = "invalid API key"
         else:
             return await forward(request)
@@ -231,29 +257,22 @@ class Authserver:
         return answer(found.view()) if found else problem(404, "resource not found")
 
     async def create_resource(self, request: Request) -> Response:
-        body = await json_members(request, RESOURCE_MEMBERS)
-        slug = str(body.get("slug", ""))
-        if not SLUG.fullmatch(slug):
-            return problem(400, f'invalid slug "{slug}"')
-        if refused := bad_resource({"backend_kind": "", "uri": "", **body}):
-            return refused
-        if any(resource.slug == slug for resource in self.resources.values()):
-            return problem(409, f'slug "{slug}" is already in use')
-        resource = Resource(**body)
-        self.resources[resource.id] = resource
-        return answer(resource.view(), 201)
+        try:
+            members = await json_members(request, RESOURCE_SHAPE, closed=True)
+        except ValueError as error:
+            return problem(400, f"invalid JSON body: {error}")
+        return self.store(Resource(**members), 201)
 
     async def one_resource(self, request: Request) -> Response:
         resource = self.resources.get(request.path_params["id"])
         if resource is None:
             return problem(404, "resource not found")
         if request.method == "PATCH":
-            changes = await json_members(request, RESOURCE_MEMBERS - {"slug"})
-            if refused := bad_resource(changes):
-                return refused
-            for name, value in changes.items():
-                setattr(resource, name, value)
-            resource.updated_at = now()
+            try:
+                changes = await json_members(request, RESOURCE_SHAPE, closed=True)
+            except ValueError as error:
+                return problem(400, f"invalid JSON body: {error}")
+            return self.store(replace(resource, **changes, updated_at=now()), 200)
         if request.method == "DELETE":
             if resource.minted:
                 return problem(409, "resource has references and cannot be deleted")
@@ -261,21 +280,28 @@ class Authserver:
             return Response(status_code=204)
         return answer(resource.view())
 
+    def store(self, resource: Resource, status: int) -> Response:
+        """Keep a new or changed resource, unless it is one that can't be."""
+        if not SLUG.fullmatch(resource.slug):
+            return problem(400, f'invalid slug "{resource.slug}"')
+        if resource.backend_kind != "mint" or not ABSOLUTE_URI.match(resource.uri):
+            return problem(500, "internal error")
+        others = (other for other in self.resources.values() if other.id != resource.id)
+        if any(other.slug == resource.slug for other in others):
+            return problem(409, f'slug "{resource.slug}" is already in use')
+        self.resources[resource.id] = resource
+        return answer(resource.view(), status)
+
     async def all_clients(self, request: Request) -> Response:
-        if request.method == "GET":
-            return answer([client.view() for client in reversed(self.clients.values())])
-        body = await json_members(request)
-        client = Client(
-            name=str(body.get("client_name", "")),
-            grant_types=body.get("grant_types") or ["authorization_code"],
-            token_endpoint_auth_method=body.get("token_endpoint_auth_method")
-            or "client_secret_basic",
-            scope=str(body.get("scope", "")),
-        )
-        if refused := bad_client(client):
-            return problem(
-                400, f"client authentication failed: client validation failed: {refused}"
-            )
+        if request.method == "POST":
+            return await self.create_client(request)
+        return answer([client.view() for client in reversed(self.clients.values())])
+
+    async def create_client(self, request: Request) -> Response:
+        try:
+            client = new_client(await json_members(request, CLIENT_SHAPE))
+        except ValueError as error:
+            return problem(400, f"client authentication failed: client validation failed: {error}")
         self.clients[client.id] = client
         view = client.view()
         shown_once = {
@@ -287,7 +313,7 @@ class Authserver:
 
     async def one_client(self, request: Request) -> Response:
         client = self.clients.get(request.path_params["id"])
-        if request.method == "GET":
+        if request.method != "DELETE":
             return answer(client.view()) if client else problem(404, "client not found")
         if client is None:
             return problem(400, "client authentication failed")
@@ -304,11 +330,6 @@ class Authserver:
             Route("/admin/clients/{id}", self.one_client, methods=["GET", "DELETE"]),
             middleware=[Middleware(BaseHTTPMiddleware, dispatch=self.authenticate)],
         )
-
-
-def now() -> str:
-    """Return the time as RFC 3339 writes it, in UTC."""
-    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
 
 
 def answer(
@@ -334,7 +355,7 @@ def problem(status: int, detail: str) -> Response:
 
 
 def oauth_error(error: str, description: str) -> Response:
-    """Return a token endpoint error (RFC 6749 section 5.2, and the members of RFC 9457 beside it)."""
+    """Return a token endpoint error: RFC 6749 section 5.2, beside the members of RFC 9457."""
     status = 401 if error == "invalid_client" else 400
     body = {
         "error": error,
@@ -360,78 +381,75 @@ async def read(request: Request, limit: int) -> bytes | None:
 
 def parse_form(body: bytes | None) -> dict[str, str] | None:
     """Return the first value of each name of a form body, or None when it can't be decoded."""
-    if body is None or re.search(rb";|%(?![0-9A-Fa-f]{2})", body):
+    text = ";" if body is None else body.decode(errors="replace")
+    if ";" in text or BAD_ESCAPE.search(text):
         return None
-    return dict(reversed(parse_qsl(body.decode("latin-1"), keep_blank_values=True)))
+    return dict(reversed(parse_qsl(text, keep_blank_values=True)))
 
 
 def basic_credentials(header: str) -> tuple[str, str] | None:
-    """Return client id and secret of a Basic header, form-decoded (RFC 6749 section 2.3.1), or None."""
+    """Return client id and secret of a Basic header, or None when it isn't a usable one."""
     scheme, _, value = header.partition(" ")
     try:
-        client_id, colon, secret = base64.b64decode(value, validate=True).decode().partition(":")
-    except (binascii.Error, UnicodeDecodeError):
+        pair = base64.b64decode(value, validate=True).decode(errors="replace")
+    except ValueError:
         return None
-    if scheme.lower() != "basic" or not colon:
+    client_id, colon, secret = pair.partition(":")
+    if scheme.lower() != "basic" or not colon or BAD_ESCAPE.search(pair):
         return None
-    return unquote_plus(client_id), unquote_plus(secret)
+    return unquote_plus(client_id), unquote_plus(secret)  # RFC 6749 section 2.3.1
 
 
-async def json_members(request: Request, known: set[str] | None = None) -> Json:
-    """Return the members of a JSON object; raise HTTPException (400) for another body or an unknown member."""
-    try:
-        body = await request.json()
-    except ValueError as error:
-        raise HTTPException(400, f"invalid JSON body: {error}") from error
-    if not isinstance(body, dict):
-        raise HTTPException(400, "invalid JSON body: not an object")
-    members: Json = body
-    if known is not None and (unknown := sorted(members.keys() - known)):
-        raise HTTPException(400, f'invalid JSON body: json: unknown field "{unknown[0]}"')
-    return members
+async def json_members(request: Request, shape: Json, closed: bool = False) -> Json:
+    """Return the members of the body that the shape has; a closed shape allows no others."""
+    body = await request.json()
+    check(body, shape, closed)
+    return {name: value for name, value in body.items() if name in shape}
 
 
-def bad_resource(members: Json) -> Response | None:
-    """Return the error for a resource that can't be, None for one that can."""
-    uri = urlsplit(str(members.get("uri", "urn:not-sent")))
-    scopes = members.get("scopes", [])
-    named = isinstance(scopes, list) and all(
-        isinstance(one, dict) and one.get("name") for one in scopes
+def check(value: Any, shape: Any, closed: bool) -> None:
+    """Raise ValueError unless the JSON value has the shape: a type, [shape] or {name: shape}."""
+    expected = shape if isinstance(shape, type) else type(shape)
+    if not isinstance(value, expected):
+        raise ValueError(f"{type(value).__name__} where {expected.__name__} belongs")
+    if expected is list:
+        for one in value:
+            check(one, shape[0], closed)
+    if expected is dict:
+        for name, member in value.items():
+            if name in shape:
+                check(member, shape[name], closed)
+            elif closed:
+                raise ValueError(f'unknown field "{name}"')
+
+
+def new_client(members: Json) -> Client:
+    """Return the client to register; raise ValueError when it can't be."""
+    client = Client(
+        name=members.get("client_name", ""),
+        grant_types=members.get("grant_types") or ["authorization_code"],
+        token_endpoint_auth_method=members.get("token_endpoint_auth_method")
+        or "client_secret_basic",
+        scope=members.get("scope", ""),
     )
-    if not named:
-        return problem(400, "invalid JSON body: scopes must be a list of objects with a name")
-    if (
-        members.get("backend_kind", "mint") != "mint"
-        or not uri.scheme
-        or not (uri.netloc or uri.path)
-    ):
-        return problem(500, "internal error")
-    return None
-
-
-def bad_client(client: Client) -> str | None:
-    """Return why the client can't be registered, None when it can."""
     if not client.name:
-        return "client_name is required"
-    if client.token_endpoint_auth_method not in ("client_secret_basic", "client_secret_post"):
-        return f'unsupported token_endpoint_auth_method "{client.token_endpoint_auth_method}"'
-    if unknown := set(client.grant_types) - {
-        "authorization_code",
-        "refresh_token",
-        "client_credentials",
-    }:
-        return f'unsupported grant_type "{min(unknown)}"'
-    return None
+        raise ValueError("client_name is required")
+    if client.token_endpoint_auth_method not in AUTH_METHODS:
+        raise ValueError(f'unsupported method "{client.token_endpoint_auth_method}"')
+    if unknown := set(client.grant_types) - GRANT_TYPES:
+        raise ValueError(f'unsupported grant_type "{min(unknown)}"')
+    return client
 
 
-async def on_error(_: Request, error: Exception) -> Response:
-    """Say no as the real one's router does: plain text for a path or method that isn't there."""
+async def on_error(request: Request, error: Exception) -> Response:
+    """Answer for a path or a method that isn't there; the latter is not a problem document."""
     assert isinstance(error, HTTPException)
-    if error.status_code == 405:
-        return PlainTextResponse("Method Not Allowed\n", 405, {"Allow": "GET, HEAD, POST"})
-    if error.status_code == 404:
-        return PlainTextResponse("404 page not found\n", 404)
-    return problem(error.status_code, error.detail)
+    if error.status_code != 405:
+        return problem(error.status_code, error.detail)
+    headers = dict(error.headers or {})
+    if request.url.path.startswith("/admin/resources"):
+        headers["Allow"] = "GET, HEAD, POST"  # the real one says so of a single resource too
+    return PlainTextResponse("Method Not Allowed\n", 405, headers)
 
 
 def listener(*routes: Route, middleware: list[Middleware] | None = None) -> Starlette:

@@ -1,0 +1,205 @@
+"""The Makefile, in clean clones: what it makes, what it says, and what it leaves alone."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from conftest import (
+    KEY,
+    ROOT,
+    Result,
+    Tier01,
+    free_ports,
+    plain_environment,
+    status_of,
+    wait_until,
+)
+
+UV = ROOT / "tests/.venv/bin/uv"
+
+
+def make(place: Path, settings: dict[str, str], *arguments: str) -> Result:
+    return subprocess.run(
+        ["make", *arguments],
+        cwd=place,
+        env=plain_environment(**settings),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.fixture
+def ports() -> dict[str, str]:
+    """Settings for a tier 01 where none is."""
+    public, admin, mcp = free_ports(3)
+    return {
+        "ISSUER_URL": f"http://localhost:{public}",
+        "ADMIN_URL": f"http://localhost:{admin}",
+        "MCP_URL": f"http://localhost:{mcp}/mcp",
+        "RESOURCE_URI": f"http://localhost:{mcp}/mcp",
+        "AUTHPLANE_ADMIN_API_KEY": KEY,
+    }
+
+
+@pytest.fixture
+def clone(checkout: Path) -> Iterator[Path]:
+    """A clean clone; what it started ends with the test."""
+    yield checkout
+    make(checkout, {}, "clean")
+
+
+@pytest.fixture
+def prepared(clone: Path) -> Path:
+    """A clone that has its virtual environments already."""
+    for name in (".venv", "tests/.venv"):
+        (clone / name).symlink_to(ROOT / name)
+    return clone
+
+
+@pytest.mark.parametrize("uv", ["", str(UV)], ids=["pip", "uv"])
+def test_verify_works_in_a_clean_clone(clone: Path, ports: dict[str, str], uv: str) -> None:
+    result = make(clone, ports, "verify", f"UV={uv}")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"started a stand-in for tier 01 at {ports['ISSUER_URL']}")
+    assert result.stdout.endswith("ALL CHECKS PASSED\n")
+    assert result.stderr == ""
+    listed = [clone / ".venv/bin/python", "-c", "from importlib.metadata import *; print(*sorted("]
+    listed[-1] = f"{listed[-1]}each.name.lower() for each in distributions()))"
+    packages = subprocess.run(listed, capture_output=True, text=True).stdout.split()
+    assert "authplane-sdk" in packages
+    assert "fastmcp" not in packages
+
+
+def test_run_twice_does_nothing_twice(prepared: Path, ports: dict[str, str]) -> None:
+    first = make(prepared, ports, "run")
+    made = {path: path.stat().st_mtime_ns for path in (prepared / ".tier01").glob("*.pid")}
+    made[prepared / ".env"] = (prepared / ".env").stat().st_mtime_ns
+    second = make(prepared, ports, "run")
+    where = f"{ports['ISSUER_URL']} and {ports['MCP_URL']}"
+    assert first.stdout == f"started a stand-in for tier 01 at {where}: make logs, make clean\n"
+    assert second.stdout == f"tier 01 answers at {where}: started by make run\n"
+    assert len(made) == 3
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+
+
+def test_status_and_logs_and_clean(prepared: Path, ports: dict[str, str]) -> None:
+    make(prepared, ports, "run")
+    log = make(prepared, ports, "logs").stdout
+    assert "stand-in for the Authplane authserver" in log
+    assert "MCP server demo-server" in log
+    running = make(prepared, ports, "status").stdout
+    assert re.search(
+        r"authserver: running, process \d+\nmcp_server: running, process \d+\n", running
+    )
+    assert f"{ports['MCP_URL']}: 401\n" in running
+    assert make(prepared, ports, "clean").returncode == 0
+    assert status_of("GET", ports["ISSUER_URL"]) == 0
+    assert status_of("GET", ports["MCP_URL"]) == 0
+    tracked = {path.name for path in prepared.iterdir()}
+    assert not tracked & {".env", ".venv", ".tier01"}
+    assert not (prepared / "tests/.venv").exists()
+    assert make(prepared, ports, "clean").returncode == 0
+    ended = make(prepared, ports, "status").stdout
+    assert "authserver: not started by make run\n" in ended
+    assert f"{ports['ISSUER_URL']}: no answer\n" in ended
+    logs = make(prepared, ports, "logs")
+    assert (logs.returncode, logs.stdout) == (2, "")
+    assert "nothing that is still there" in logs.stderr
+
+
+def test_secrets_are_for_the_owner_only(prepared: Path, ports: dict[str, str]) -> None:
+    make(prepared, ports, "run")
+    made = [prepared / ".env", *(prepared / ".tier01").iterdir()]
+    assert [oct(path.stat().st_mode & 0o077) for path in made] == ["0o0"] * 5
+
+
+def test_an_edited_dotenv_stays(prepared: Path, tier01: Tier01) -> None:
+    (prepared / ".env").write_text("CLIENT_ID=mine\n")
+    assert make(prepared, tier01.settings, "verify").returncode == 0
+    assert make(prepared, tier01.settings, "clean").returncode == 0
+    assert (prepared / ".env").read_text() == "CLIENT_ID=mine\n"
+
+
+def test_a_copied_dotenv_works(prepared: Path, tier01: Tier01) -> None:
+    example = (prepared / ".env.example").read_text()
+    for name, value in tier01.settings.items():
+        example = re.sub(f"(?m)^{name}=.*", f"{name}={value}", example)
+    (prepared / ".env").write_text(example)
+    assert make(prepared, {}, "run").returncode == 0
+    assert make(prepared, {}, "verify").stdout.endswith("ALL CHECKS PASSED\n")
+
+
+def test_uses_and_leaves_a_tier01_of_somebody_else(prepared: Path, tier01: Tier01) -> None:
+    assert "started by someone else" in make(prepared, tier01.settings, "run").stdout
+    assert not (prepared / ".tier01").exists()
+    make(prepared, tier01.settings, "clean")
+    assert status_of("POST", tier01.mcp_url) == 401
+
+
+@pytest.mark.parametrize("taken", ["ISSUER_URL", "ADMIN_URL", "MCP_URL"])
+def test_names_a_port_that_is_taken(prepared: Path, ports: dict[str, str], taken: str) -> None:
+    [port] = re.findall(r":(\d+)", ports[taken])
+    with socket.create_server(("127.0.0.1", int(port))):
+        result = make(prepared, ports, "run")
+    assert result.returncode == 2
+    assert f"can't listen on :{port}: Address already in use" in result.stderr
+    assert "its log ends above" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (prepared / ".tier01").exists()
+    for name in {"ISSUER_URL", "ADMIN_URL", "MCP_URL"} - {taken}:
+        assert status_of("GET", ports[name]) == 0
+
+
+def test_says_that_half_of_a_tier01_is_not_enough(prepared: Path, tier01: Tier01) -> None:
+    result = make(prepared, tier01.settings | {"MCP_URL": "http://localhost:1/mcp"}, "run")
+    assert result.returncode == 2
+    assert "http://localhost:1/mcp answered 000 instead of 401" in result.stderr
+
+
+def test_does_without_a_too_old_python(clone: Path, tmp_path: Path) -> None:
+    old = tmp_path / "python3.11"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    result = make(clone, {}, "run", f"PY={old}")
+    assert result.returncode == 2
+    assert "no Python 3.12 or newer" in result.stderr
+    assert not (clone / ".venv").exists()
+
+
+def test_interrupted_run_leaves_nothing(prepared: Path, ports: dict[str, str]) -> None:
+    with subprocess.Popen(
+        ["make", "run"],
+        cwd=prepared,
+        env=plain_environment(**ports),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    ) as run:
+        wait_until((prepared / ".tier01/mcp_server.pid").exists, "the start of the MCP server")
+        os.killpg(run.pid, signal.SIGINT)
+        run.communicate(timeout=20)
+    wait_until(lambda: not (prepared / ".tier01").exists(), "the removal of .tier01")
+    assert status_of("GET", ports["ISSUER_URL"]) == 0
+    assert status_of("GET", ports["MCP_URL"]) == 0
+
+
+def test_ctrl_c_does_not_reach_what_run_started(prepared: Path, ports: dict[str, str]) -> None:
+    make(prepared, ports, "run")
+    for pid in (prepared / ".tier01").glob("*.pid"):
+        process = int(pid.read_text())
+        assert os.getpgid(process) == process
+
+
+def test_help_names_every_target() -> None:
+    printed = make(ROOT, {}).stdout
+    [phony] = re.findall(r"(?m)^\.PHONY: (.*)$", (ROOT / "Makefile").read_text())
+    assert re.findall(r"(?m)^make (\S+) +\S", printed) == phony.split()
+    assert len(printed.splitlines()) < 24
+    assert all(len(line) <= 80 for line in printed.splitlines())

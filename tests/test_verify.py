@@ -1,0 +1,499 @@
+"""verify.sh as a program: green only for a tier 01 that is what it should be, and nothing stays behind."""
+
+import base64
+import json
+import os
+import re
+import signal
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from conftest import (
+    KEY,
+    RESOURCE,
+    ROOT,
+    Answer,
+    Fake,
+    Handler,
+    Request,
+    Result,
+    Tier01,
+    http,
+    plain_environment,
+    wait_until,
+)
+
+type StartFake = Callable[[Handler], Fake]
+type Change = Callable[[Request, Handler], Answer]
+
+PROOFS = """\
+✓ discovery answers                    200
+✓ no token is refused                  401 Bearer resource_metadata
+✓ the resource is registered           200 demo-mcp
+✓ a client is registered               201
+✓ the agent is let in                  0 authenticated MCP initialize OK
+✓ its credentials mint                 200
+✓ a wrong secret is refused            401 invalid_client
+✓ another scope is refused             400 invalid_scope
+✓ an unknown resource is refused       400 invalid_target
+✓ a tampered token is refused          401 Bearer invalid_token resource_metadata
+✓ a token for another audience         200
+✓ is refused                           401 Bearer invalid_token resource_metadata
+✓ client deleted                       204
+✓ its credentials no longer mint       401 invalid_client
+ALL CHECKS PASSED
+"""
+
+
+@pytest.fixture
+def place(checkout: Path) -> Path:
+    """A clone in which `make run` has prepared the agent."""
+    (checkout / ".venv").symlink_to(ROOT / ".venv")
+    (checkout / "tmp").mkdir()
+    return checkout
+
+
+def environment(place: Path, settings: dict[str, str]) -> dict[str, str]:
+    return plain_environment(**settings) | {"TMPDIR": str(place / "tmp")}
+
+
+def verify(place: Path, settings: dict[str, str]) -> Result:
+    return subprocess.run(
+        [place / "verify.sh"],
+        env=environment(place, settings),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def start_verify(place: Path, settings: dict[str, str]) -> subprocess.Popen[str]:
+    """Start verify.sh in a process group of its own, as a terminal does."""
+    return subprocess.Popen(
+        [place / "verify.sh"],
+        env=environment(place, settings),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def in_front_of(base: str, change: Change) -> Handler:
+    """Return a handler that asks the server at base, unless change answers something else."""
+
+    def forward(request: Request) -> Answer:
+        headers = {name: request.headers[name] for name in request.headers.keys() - {"host"}}
+        with httpx.Client(base_url=base, trust_env=False, timeout=10) as client:
+            answer = client.request(
+                request.method, request.path, headers=headers, content=request.body
+            )
+        kept = {
+            name: answer.headers[name]
+            for name in ("content-type", "www-authenticate", "mcp-session-id")
+            if name in answer.headers
+        }
+        return http(f"{answer.status_code} {answer.reason_phrase}", answer.content, **kept)
+
+    return lambda request: change(request, forward)
+
+
+def always(path: str, answer: Answer, method: str = "") -> Change:
+    """Return a change that gives one answer to every request whose path starts so."""
+
+    def change(request: Request, forward: Handler) -> Answer:
+        named = request.path.startswith(path) and method in ("", request.method)
+        return answer if named else forward(request)
+
+    return change
+
+
+def as_it_is(request: Request, forward: Handler) -> Answer:
+    return forward(request)
+
+
+def behind(start: StartFake, tier01: Tier01, server: str, change: Change) -> dict[str, str]:
+    """Return the settings for a tier 01 of which one server is behind a fake that changes answers."""
+    base = tier01.settings[server].removesuffix("/mcp")
+    path = tier01.settings[server].removeprefix(base)
+    return tier01.settings | {server: start(in_front_of(base, change)).url + path}
+
+
+def test_proves_everything_and_leaves_nothing(place: Path, tier01: Tier01) -> None:
+    before = tier01.clients()
+    result = verify(place, tier01.settings)
+    assert (result.stdout, result.stderr, result.returncode) == (PROOFS, "", 0)
+    assert set(tier01.clients()) <= set(before) or len(tier01.clients()) <= len(before)
+    assert [one["slug"] for one in tier01.admin("GET", "resources").json()] == ["demo-mcp"]
+    assert list((place / "tmp").iterdir()) == []
+
+
+def test_reads_settings_from_dotenv_without_running_it(place: Path, tier01: Tier01) -> None:
+    settings = tier01.settings | {"AUTHPLANE_ADMIN_API_KEY": f'"{KEY}"  # a comment'}
+    lines = [f"export {name}={value}\r\n" for name, value in settings.items()]
+    (place / ".env").write_text(
+        f"ISSUER_URL=http://first\nX=$(touch {place}/ran)\n{''.join(lines)}"
+    )
+    result = verify(place, {"ADMIN_URL": tier01.admin_url})
+    assert result.stdout == PROOFS
+    assert not (place / "ran").exists()
+
+
+def test_environment_wins_over_dotenv(place: Path, tier01: Tier01) -> None:
+    (place / ".env").write_text("AUTHPLANE_ADMIN_API_KEY=wrong\nMCP_URL=http://localhost:1\n")
+    assert verify(place, tier01.settings).stdout == PROOFS
+
+
+def test_two_runs_do_not_disturb_each_other(place: Path, tier01: Tier01) -> None:
+    runs = [start_verify(place, tier01.settings) for _ in range(3)]
+    assert [run.communicate(timeout=60) for run in runs] == [(PROOFS, "")] * 3
+
+
+def test_colours_only_on_a_terminal(place: Path, tier01: Tier01) -> None:
+    terminal = ["script", "-qec", str(place / "verify.sh"), "/dev/null"]
+    coloured, plain = (
+        subprocess.run(
+            terminal,
+            env=environment(place, tier01.settings) | {"TERM": "xterm"} | more,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        ).stdout
+        for more in ({}, {"NO_COLOR": "1"})
+    )
+    assert "\x1b[32m✓\x1b[0m discovery" in coloured
+    assert plain.replace("\r\n", "\n") == PROOFS
+
+
+def form(request: Request) -> str:
+    return request.body.decode()
+
+
+def claims(request: Request) -> dict[str, object]:
+    """Return the claims of the bearer token of a request, unverified."""
+    part = request.headers.get("authorization", "..").split(".")[1]
+    return json.loads(base64.urlsafe_b64decode(part + "==") or "{}")
+
+
+LET_IN = http(
+    "200 OK", '{"jsonrpc": "2.0", "id": 1, "result": {"serverInfo": {"name": "demo-server"}}}'
+)
+MINTED = http("200 OK", '{"access_token": "x.y.z", "token_type": "Bearer", "expires_in": 60}')
+
+
+def mints_for_any_secret(request: Request, forward: Handler) -> Answer:
+    return MINTED if request.path == "/oauth/token" else forward(request)
+
+
+def mints_any_scope(request: Request, forward: Handler) -> Answer:
+    return MINTED if "mcp%3Anot" in form(request) else forward(request)
+
+
+def mints_for_any_resource(request: Request, forward: Handler) -> Answer:
+    return MINTED if "not-registered" in form(request) else forward(request)
+
+
+def knows_no_invalid_client(request: Request, forward: Handler) -> Answer:
+    answer = forward(request)
+    return http("400 Bad Request", "{}") if b"invalid_client" in bytes(answer or b"") else answer  # type: ignore[arg-type]
+
+
+def takes_tampered_tokens(request: Request, forward: Handler) -> Answer:
+    tampered = request.headers.get("authorization", "").endswith("AAAAAAAAAA")
+    return LET_IN if tampered else forward(request)
+
+
+def takes_tokens_for_others(request: Request, forward: Handler) -> Answer:
+    audience = claims(request).get("aud", [""])
+    return LET_IN if "/mcp" not in str(audience) and audience != [""] else forward(request)
+
+
+def resource_with(**members: object) -> Change:
+    body = json.dumps(RESOURCE | {"id": "the-id", "uri": "http://localhost:8080/mcp"} | members)
+    return always("/admin/resources", http("200 OK", body))
+
+
+BROKEN: dict[str, tuple[str, Change, str]] = {
+    "MCP lets anybody in": ("MCP_URL", always("/", LET_IN), "no token is refused"),
+    "MCP 405": ("MCP_URL", always("/", http("405 No")), "no token is refused"),
+    "MCP 302": ("MCP_URL", always("/", http("302 Found", location="/x")), "no token is refused"),
+    "MCP 500": ("MCP_URL", always("/", http("500 Oops")), "no token is refused"),
+    "MCP 401 without metadata": (
+        "MCP_URL",
+        always("/", http("401 No", www_authenticate="Bearer")),
+        "no token is refused",
+    ),
+    "MCP 401 with Basic": (
+        "MCP_URL",
+        always("/", http("401 No", www_authenticate='Basic realm="resource_metadata"')),
+        "no token is refused",
+    ),
+    "MCP silent": ("MCP_URL", always("/", b""), "no token is refused"),
+    "MCP takes tampered tokens": ("MCP_URL", takes_tampered_tokens, "a tampered token is refused"),
+    "MCP takes tokens for others": ("MCP_URL", takes_tokens_for_others, "is refused"),
+    "metadata without issuer": (
+        "ISSUER_URL",
+        always("/.well-known", http("200 OK", "{}")),
+        "names no issuer",
+    ),
+    "metadata is HTML": ("ISSUER_URL", always("/.well-known", http("200 OK", "<p>")), "no issuer"),
+    "mints nothing": ("ISSUER_URL", always("/oauth", http("500 Oops")), "its credentials mint"),
+    "mints for a wrong secret": ("ISSUER_URL", mints_for_any_secret, "a wrong secret is refused"),
+    "400 for a wrong secret": (
+        "ISSUER_URL",
+        knows_no_invalid_client,
+        "a wrong secret is refused",
+    ),
+    "mints any scope": ("ISSUER_URL", mints_any_scope, "another scope is refused"),
+    "mints for any resource": (
+        "ISSUER_URL",
+        mints_for_any_resource,
+        "an unknown resource is refused",
+    ),
+    "admin 401": (
+        "ADMIN_URL",
+        always("/", http("401 No", '{"error": "unauthorized"}')),
+        "AUTHPLANE_ADMIN_API_KEY",
+    ),
+    "admin 500": ("ADMIN_URL", always("/", http("500 Oops")), "the resource is registered"),
+    "admin silent": ("ADMIN_URL", always("/", b""), "does not answer at ADMIN_URL"),
+    "admin 500 for clients": (
+        "ADMIN_URL",
+        always("/admin/clients", http("500 Oops")),
+        "a client is registered",
+    ),
+    "resource with another uri": (
+        "ADMIN_URL",
+        resource_with(uri="http://other/mcp"),
+        "/admin/resources/the-id",
+    ),
+    "resource without the scope": (
+        "ADMIN_URL",
+        resource_with(scopes=[]),
+        "/admin/resources/the-id",
+    ),
+    "client stays": (
+        "ADMIN_URL",
+        always("/admin/clients/", http("500 Oops"), "DELETE"),
+        "client deleted",
+    ),
+    "deleted client still mints": (
+        "ADMIN_URL",
+        always("/admin/clients/", http("204 No Content"), "DELETE"),
+        "its credentials no longer mint",
+    ),
+}
+
+
+@pytest.mark.parametrize(("server", "change", "told"), BROKEN.values(), ids=BROKEN.keys())
+def test_turns_red(
+    fake: StartFake, place: Path, tier01: Tier01, server: str, change: Change, told: str
+) -> None:
+    result = verify(place, behind(fake, tier01, server, change))
+    assert result.returncode == 1
+    assert "ALL CHECKS PASSED" not in result.stdout
+    assert told in result.stderr
+    assert re.match(r"verify\.sh: [^\n]+\n", result.stderr)
+    if "✗" in result.stdout:
+        assert result.stdout.splitlines()[-1].startswith("✗")
+
+
+def test_waits_for_discovery_but_not_for_ever(place: Path) -> None:
+    result = verify(place, {"ISSUER_URL": "http://localhost:1"})
+    assert result.returncode == 1
+    assert "no authorization server at http://localhost:1: make run starts one" in result.stderr
+
+
+def test_turns_red_when_the_agent_is_not_let_in(place: Path, tier01: Tier01) -> None:
+    result = verify(place, tier01.settings | {"MCP_SERVER_NAME": "other"})
+    assert result.returncode == 1
+    assert "✗ the agent is let in" in result.stdout
+    assert "no result.serverInfo.name 'other'" in result.stderr
+
+
+def test_says_what_is_missing(checkout: Path, tmp_path: Path) -> None:
+    assert ".venv" in verify_without_tools(checkout, tmp_path, []).stderr
+    assert "jq is missing" in verify_without_tools(checkout, tmp_path, ["jq"]).stderr
+
+
+def verify_without_tools(checkout: Path, tmp_path: Path, missing: list[str]) -> Result:
+    """Run verify.sh on a PATH without some tools."""
+    tools = tmp_path / f"tools{len(missing)}"
+    tools.mkdir()
+    for folder in os.environ["PATH"].split(":"):
+        for tool in Path(folder).glob("*"):
+            if tool.name not in missing and not (tools / tool.name).exists():
+                (tools / tool.name).symlink_to(tool)
+    return subprocess.run(
+        [checkout / "verify.sh"],
+        env=plain_environment(PATH=str(tools)),
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_registers_the_resource_when_it_is_absent(
+    fake: StartFake, place: Path, tier01: Tier01
+) -> None:
+    created: list[Request] = []
+
+    def absent(request: Request, forward: Handler) -> Answer:
+        if request.path.startswith("/admin/resources"):
+            if request.method == "GET":
+                return http("404 Not Found")
+            created.append(request)
+            return http("201 Created", request.body)
+        return forward(request)
+
+    result = verify(place, behind(fake, tier01, "ADMIN_URL", absent))
+    assert result.stdout == PROOFS.replace("200 demo-mcp", "201 demo-mcp")
+    assert [json.loads(request.body) for request in created] == [RESOURCE | {"uri": tier01.mcp_url}]
+
+
+def test_looks_again_after_a_lost_race(fake: StartFake, place: Path, tier01: Tier01) -> None:
+    def late(request: Request, forward: Handler) -> Answer:
+        if request.path.startswith("/admin/resources") and not late_answers:
+            return forward(request)
+        return late_answers.pop(0) if "/admin/resources" in request.path else forward(request)
+
+    late_answers = [http("404 Not Found"), http("409 Conflict")]
+    assert verify(place, behind(fake, tier01, "ADMIN_URL", late)).stdout == PROOFS
+
+
+def test_older_servers_say_invalid_scope(fake: StartFake, place: Path, tier01: Tier01) -> None:
+    def older(request: Request, forward: Handler) -> Answer:
+        if "not-registered" in form(request):
+            return http("400 Bad Request", '{"error": "invalid_scope"}')
+        return forward(request)
+
+    result = verify(place, behind(fake, tier01, "ISSUER_URL", older))
+    assert result.stdout == PROOFS.replace("invalid_target", "invalid_scope")
+
+
+def test_shows_no_secret(fake: StartFake, place: Path, tier01: Tier01) -> None:
+    """No secret in the arguments of any process, in the output or in a file that stays."""
+    answers: list[bytes] = []
+
+    def recorded(request: Request, forward: Handler) -> Answer:
+        answer = forward(request)
+        assert isinstance(answer, bytes)
+        answers.append(answer)
+        return answer
+
+    settings = behind(fake, tier01, "ISSUER_URL", recorded)
+    settings["ADMIN_URL"] = behind(fake, tier01, "ADMIN_URL", recorded)["ADMIN_URL"]
+    seen: set[bytes] = set()
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.is_set():
+            for entry in Path("/proc").glob("[0-9]*/cmdline"):
+                try:
+                    seen.add(entry.read_bytes())
+                except OSError:
+                    continue
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    result = verify(place, settings)
+    done.set()
+    sampler.join()
+    assert result.stdout == PROOFS
+    said = b"\n".join(answers).decode()
+    secrets = re.findall(r'"(?:client_secret|access_token)": ?"([^"]+)"', said)
+    [(client, secret)] = re.findall(r'"client_id":"([^"]+)","client_secret":"([^"]+)"', said)
+    secrets += [KEY, base64.b64encode(f"{client}:{secret}".encode()).decode()]
+    assert len(secrets) == 5
+    assert any(b"agent.py" in arguments for arguments in seen)
+    assert any(b"curl" in arguments for arguments in seen)
+    for hidden in secrets:
+        assert not any(hidden.encode() in arguments for arguments in seen)
+        assert hidden not in result.stdout + result.stderr
+    assert list((place / "tmp").iterdir()) == []
+
+
+def registering(request: Request) -> bool:
+    return (request.method, request.path) == ("POST", "/admin/clients")
+
+
+def minting(request: Request) -> bool:
+    return request.path == "/oauth/token"
+
+
+def calling(request: Request) -> bool:
+    return "bearer" in request.headers.get("authorization", "").lower()
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("server", "moment"),
+    [("ADMIN_URL", registering), ("ISSUER_URL", minting), ("MCP_URL", calling)],
+    ids=["while registering the client", "while minting", "while the agent calls"],
+)
+def test_cleans_up_when_interrupted(
+    fake: StartFake,
+    place: Path,
+    tier01: Tier01,
+    server: str,
+    moment: Callable[[Request], bool],
+    signal_number: signal.Signals,
+) -> None:
+    """The signal comes when the server has acted and not yet answered; Ctrl-C reaches the whole group."""
+    reached, go_on = threading.Event(), threading.Event()
+    registered: list[str] = []
+
+    def slow(request: Request, forward: Handler) -> Answer:
+        answer = forward(request)
+        if moment(request):
+            reached.set()
+            go_on.wait(20)
+        return answer
+
+    def watched(request: Request, forward: Handler) -> Answer:
+        answer = slow(request, forward) if server == "ADMIN_URL" else forward(request)
+        if registering(request):
+            assert isinstance(answer, bytes)
+            registered.extend(re.findall(r'"client_id":"([^"]+)"', answer.decode()))
+        return answer
+
+    settings = behind(fake, tier01, "ADMIN_URL", watched)
+    if server != "ADMIN_URL":
+        settings[server] = behind(fake, tier01, server, slow)[server]
+    run = start_verify(place, settings)
+    assert reached.wait(20)
+    if signal_number == signal.SIGINT:
+        os.killpg(run.pid, signal_number)
+    else:
+        run.send_signal(signal_number)
+    threading.Timer(0.3, go_on.set).start()
+    output, errors = run.communicate(timeout=20)
+    assert run.returncode == 128 + signal_number
+    assert "ALL CHECKS PASSED" not in output
+    assert errors == ""
+    [client] = registered
+    assert client not in tier01.clients()
+    wait_until(lambda: not group_members(run.pid), "the end of every process of the run")
+    assert list((place / "tmp").iterdir()) == []
+
+
+def group_members(group: int) -> list[str]:
+    """Return the processes of a process group that have not ended."""
+    listed = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True)
+    rows = [line.split(None, 2) for line in listed.stdout.splitlines()]
+    return [row[2] for row in rows if row[0] == str(group) and not row[1].startswith("Z")]
+
+
+def test_reports_a_client_that_it_could_not_delete(
+    fake: StartFake, place: Path, tier01: Tier01
+) -> None:
+    refuse = always("/admin/clients/", http("500 Oops"), "DELETE")
+    settings = behind(fake, tier01, "ADMIN_URL", refuse) | {"MCP_SERVER_NAME": "other"}
+    result = verify(place, settings)
+    [client] = re.findall(r"client (\S+) stays: DELETE was answered 500", result.stderr)
+    assert client in tier01.clients()
+    tier01.admin("DELETE", f"clients/{client}", params={"force": "true"})
