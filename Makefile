@@ -1,5 +1,6 @@
 # GNU Make 3.81 and later. Settings: see .env.example; PY=python3.13 chooses the Python, UV= does without uv.
 SHELL := /bin/bash
+export MAKE PY UV
 .DEFAULT_GOAL := help
 .PHONY: help run verify test lint status logs clean
 UV := $(shell command -v uv 2>/dev/null)
@@ -8,7 +9,6 @@ help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
 run: .env ## Prepare the agent; start a tier 01 unless one answers
-	@$(MAKE) -s --no-print-directory -j2 .venv/ready tests/.venv/tier01
 	@tests/tier01/tier01.sh start
 
 verify: run ## Run the agent; prove that all others are turned away
@@ -21,6 +21,7 @@ lint: .venv/ready tests/.venv/test ## Check style, types, shell and Dockerfile
 	@tests/.venv/bin/ruff check
 	@tests/.venv/bin/ruff format --check
 	@tests/.venv/bin/pyright
+	@tests/.venv/bin/hadolint Dockerfile tests/tier01/Dockerfile
 	@tests/.venv/bin/shellcheck -x verify.sh tests/tier01/tier01.sh .ci/run
 
 status: ## Say what runs
@@ -30,7 +31,7 @@ logs: ## Show the logs of what `make run` started
 	@tests/tier01/tier01.sh logs
 
 clean: ## Stop and remove what `make run` started and made
-	@tests/tier01/tier01.sh stop
+	@tests/tier01/tier01.sh clean
 	@rm -rf .venv tests/.venv .pytest_cache .ruff_cache
 	@find . -name __pycache__ -prune -exec rm -rf {} +
 	@if cmp -s .env .env.example; then rm .env; fi

@@ -1,4 +1,4 @@
-"""Call a protected MCP server as this program itself, with an access token for that one resource."""
+"""Call a protected MCP server as this program itself, with a token for that one resource."""
 
 import asyncio
 import json

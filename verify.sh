@@ -7,9 +7,10 @@ cd "$(dirname "$0")"
 . tests/settings.sh
 setting MCP_SERVER_NAME demo-server
 setting AUTHPLANE_DEV_MODE true
+setting NETWORK_MCP_URL http://mcp-server:8080/mcp
 export -n AUTHPLANE_ADMIN_API_KEY # the agent has no use for it
 
-slug=demo-mcp scope=mcp:echo client_id='' agent=''
+slug=demo-mcp scope=mcp:echo client_id='' agent='' container=''
 green='' red='' plain=''
 if [ -t 1 ] && [ -z "${NO_COLOR-}" ]; then green=$'\e[32m' red=$'\e[31m' plain=$'\e[0m'; fi
 
@@ -58,7 +59,8 @@ delete_client() {
 clean_up() {
   local result=$?
   trap '' INT TERM
-  if [ -n "$agent" ]; then kill "$agent" 2>/dev/null || :; fi
+  if [ -n "$agent" ]; then kill "$agent" && wait "$agent" || :; fi 2>/dev/null
+  [ -z "$container" ] || docker rm --force "$container" >/dev/null 2>&1 || :
   if [ -n "$client_id" ]; then
     delete_client
     [ -z "$client_id" ] || echo "verify.sh: client $client_id stays: DELETE was answered $status: delete it by hand" >&2
@@ -71,16 +73,26 @@ trap clean_up EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-[ -x .venv/bin/python ] || fail "the agent has no .venv: make run prepares it"
-
 deadline=$((SECONDS + 10)) status=000
 until [ "$status" = 200 ] || [ "$SECONDS" -ge "$deadline" ]; do
   ask GET "$METADATA_URL" ''
   [ "$status" = 200 ] || sleep 0.2
 done
 prove "discovery answers" 200 "$status" "no authorization server at $ISSUER_URL: make run starts one"
-issuer=$(member '.issuer | strings')
-[ -n "$issuer" ] || fail "the metadata at $ISSUER_URL names no issuer: is that an authorization server?"
+find_place
+if [ "$place" = "on this host" ]; then
+  [ -x .venv/bin/python ] || fail "the agent has no .venv: make run prepares it"
+  run=(.venv/bin/python agent.py)
+else
+  docker network inspect "$TIER01_NETWORK" >/dev/null 2>&1 ||
+    fail "there is no Docker network $TIER01_NETWORK: start tier 01 in containers, or set TIER01_NETWORK"
+  docker image inspect "$(agent_image)" >/dev/null 2>&1 ||
+    fail "the agent's image is missing: make run builds it"
+  container=02-agent-$$-$RANDOM
+  run=(docker compose run --rm --no-TTY --name "$container" -e AUTHPLANE_ISSUER -e CLIENT_ID -e CLIENT_SECRET
+    -e RESOURCE_URI -e MCP_URL -e MCP_SERVER_NAME -e AUTHPLANE_DEV_MODE agent)
+fi
+printf '  the agent runs %s: %s\n' "$place" "$why"
 
 initialize=$(jq -nc '{jsonrpc: "2.0", id: 1, method: "initialize", params: {protocolVersion: "2025-11-25",
   capabilities: {}, clientInfo: {name: "demo-agent", version: "0.1.0"}}}')
@@ -116,9 +128,11 @@ prove "a client is registered" 201 "$status" "see the log of the authorization s
 client_secret=$(member .client_secret)
 basic=$(printf '%s:%s' "$client_id" "$client_secret" | base64 | tr -d '\n')
 
-AUTHPLANE_ISSUER=$issuer CLIENT_ID=$client_id CLIENT_SECRET=$client_secret RESOURCE_URI=$RESOURCE_URI MCP_URL=$MCP_URL \
-  MCP_SERVER_NAME=$MCP_SERVER_NAME AUTHPLANE_DEV_MODE=$AUTHPLANE_DEV_MODE \
-  .venv/bin/python agent.py >"$work/agent" 2>&1 &
+agent_url=$MCP_URL
+[ "$place" = "on this host" ] || agent_url=$NETWORK_MCP_URL
+AUTHPLANE_ISSUER=$issuer CLIENT_ID=$client_id CLIENT_SECRET=$client_secret RESOURCE_URI=$RESOURCE_URI \
+  MCP_URL=$agent_url MCP_SERVER_NAME=$MCP_SERVER_NAME AUTHPLANE_DEV_MODE=$AUTHPLANE_DEV_MODE \
+  "${run[@]}" >"$work/agent" 2>&1 </dev/null &
 agent=$!
 result=0
 wait "$agent" || result=$?

@@ -1,8 +1,9 @@
-"""Shared fixtures: tier 01 as processes on ports of its own, fake servers, and the programs under test."""
+"""Shared fixtures: a tier 01 on ports of its own, fake servers, and the programs under test."""
 
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -33,7 +34,7 @@ CLIENT = {
     "scope": "mcp:echo",
 }
 
-type Result = subprocess.CompletedProcess[str]
+Result = subprocess.CompletedProcess[str]
 
 
 SOMEBODYS = re.compile(
@@ -209,7 +210,7 @@ type Handler = Callable[[Request], Answer]
 
 @dataclass
 class Fake:
-    """A server that answers what a real one can't be made to: bytes as they are, or nothing at all."""
+    """A server that answers what a real one can't be made to: any bytes, or nothing at all."""
 
     handler: Handler
     requests: list[Request] = field(default_factory=list[Request])
@@ -231,7 +232,7 @@ class Fake:
             threading.Thread(target=self.answer, args=(connection,), daemon=True).start()
 
     def answer(self, connection: socket.socket) -> None:
-        """Answer one request, then close; None as the answer, or at its end, keeps the connection open."""
+        """Answer one request, then close; with None as the answer, keep the connection open."""
         with connection, connection.makefile("rb") as incoming:
             method, path, _ = incoming.readline().decode().split(" ", 2)
             headers: dict[str, str] = {}
@@ -291,3 +292,55 @@ def checkout(tmp_path: Path) -> Path:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, copy / name)
     return copy
+
+
+@pytest.fixture
+def prepared(checkout: Path) -> Path:
+    """A clone that has its virtual environments already."""
+    for name in (".venv", "tests/.venv"):
+        (checkout / name).symlink_to(ROOT / name)
+    return checkout
+
+
+def make(place: Path, settings: dict[str, str], *arguments: str) -> Result:
+    """Run make, as a person with these settings would."""
+    return subprocess.run(
+        ["make", *arguments],
+        cwd=place,
+        env=plain_environment(**settings),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def settings_for_free_ports() -> dict[str, str]:
+    """Return the settings of a tier 01 where none is."""
+    public, admin, mcp = free_ports(3)
+    return {
+        "ISSUER_URL": f"http://localhost:{public}",
+        "ADMIN_URL": f"http://localhost:{admin}",
+        "MCP_URL": f"http://localhost:{mcp}/mcp",
+        "RESOURCE_URI": f"http://localhost:{mcp}/mcp",
+        "AUTHPLANE_ADMIN_API_KEY": KEY,
+    }
+
+
+def start_verify(place: Path, settings: dict[str, str]) -> subprocess.Popen[str]:
+    """Start verify.sh in a process group of its own, as a terminal does."""
+    return subprocess.Popen(
+        [place / "verify.sh"],
+        env=plain_environment(**settings),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def interrupt(run: subprocess.Popen[str], signal_number: signal.Signals) -> None:
+    """Send SIGINT to the whole process group, as Ctrl-C does, another signal to the process."""
+    if signal_number == signal.SIGINT:
+        os.killpg(run.pid, signal_number)
+    else:
+        run.send_signal(signal_number)

@@ -28,14 +28,39 @@ ask() {
   shift 3
   answer=$(
     [ -z "${unstoppable-}" ] || trap '' INT TERM
-    printf '%s\n' "$sent" | curl --silent --show-error --include --max-time 10 --write-out '\n%{http_code}' \
-      --request "$method" --header @- "$@" "$url" 2>&1
+    printf '%s\n' "$sent" | curl --silent --show-error --include --connect-timeout 3 --max-time 10 \
+      --write-out '\n%{http_code}' --request "$method" --header @- "$@" "$url" 2>&1
   ) || : # the status tells
   answer=${answer//$'\r'/}
   status=${answer##*$'\n'}
   answer=${answer%$'\n'*}
   headers=${answer%%$'\n\n'*}
   body=${answer#*$'\n\n'}
+}
+
+# docker_answers: is there an engine, with Compose v2?
+docker_answers() { docker compose version >/dev/null 2>&1 && docker info >/dev/null 2>&1; }
+
+# agent_image: the name of the image that docker-compose.yml builds.
+agent_image() { docker compose --profile manual config --images; }
+
+# find_place: sets place to where the agent has to run, and why; the last body must be the metadata.
+find_place() {
+  local name network
+  issuer=$(printf '%s' "$body" | jq -r '.issuer | strings' 2>/dev/null) || issuer=''
+  [ -n "$issuer" ] || fail "the metadata at $ISSUER_URL names no issuer: is that an authorization server?"
+  name=${issuer#*://} name=${name%%[:/]*} place="on this host" network="in network $TIER01_NETWORK"
+  case $TIER01,$name in
+    native,*) why="TIER01=native" ;;
+    docker,*) place=$network why="TIER01=docker" ;;
+    *,localhost | *,127.0.0.1) why="the issuer is $issuer" ;;
+    *)
+      ask GET "$issuer/.well-known/oauth-authorization-server" ''
+      why="the issuer $issuer answers here"
+      [ "$status" = 200 ] || place=$network why="the issuer $issuer is out of reach here"
+      ;;
+  esac
+  [ "$place" != "$network" ] || docker_answers || fail "the agent must run $place ($why): start the Docker engine"
 }
 
 for tool in curl jq; do
@@ -46,5 +71,9 @@ setting ADMIN_URL http://localhost:9001
 setting MCP_URL http://localhost:8080/mcp
 setting RESOURCE_URI http://localhost:8080/mcp
 setting AUTHPLANE_ADMIN_API_KEY dev-admin-key-change-me
+setting TIER01 ''
+setting TIER01_NETWORK 01-mcp-server-basic_default
+export TIER01_NETWORK # for docker-compose.yml
+case $TIER01 in '' | native | docker) ;; *) fail "TIER01=$TIER01: it can be native or docker" ;; esac
 METADATA_URL=$ISSUER_URL/.well-known/oauth-authorization-server
 export NO_PROXY="localhost,127.0.0.1,::1${NO_PROXY:+,$NO_PROXY}" no_proxy="localhost,127.0.0.1,::1${no_proxy:+,$no_proxy}"

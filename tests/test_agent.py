@@ -63,7 +63,7 @@ def test_ends_the_session_that_tier01_opened(
 
 
 def authorization_server(**answers: Answer | Callable[[str], Answer]) -> Handler:
-    """Return the handler of a fake authorization server; metadata, jwks and token can be replaced."""
+    """Return the handler of a fake authorization server, with answers that may be replaced."""
 
     def handler(request: Request) -> Answer:
         issuer = f"http://{request.headers['host']}"

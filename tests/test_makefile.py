@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 
 from conftest import (
-    KEY,
     ROOT,
-    Result,
     Tier01,
-    free_ports,
+    make,
     plain_environment,
+    settings_for_free_ports,
     status_of,
     wait_until,
 )
@@ -24,53 +23,31 @@ from conftest import (
 UV = ROOT / "tests/.venv/bin/uv"
 
 
-def make(place: Path, settings: dict[str, str], *arguments: str) -> Result:
-    return subprocess.run(
-        ["make", *arguments],
-        cwd=place,
-        env=plain_environment(**settings),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-
-
 @pytest.fixture
 def ports() -> dict[str, str]:
-    """Settings for a tier 01 where none is."""
-    public, admin, mcp = free_ports(3)
-    return {
-        "ISSUER_URL": f"http://localhost:{public}",
-        "ADMIN_URL": f"http://localhost:{admin}",
-        "MCP_URL": f"http://localhost:{mcp}/mcp",
-        "RESOURCE_URI": f"http://localhost:{mcp}/mcp",
-        "AUTHPLANE_ADMIN_API_KEY": KEY,
-    }
+    """Settings for a tier 01 where none is, on a machine without Docker."""
+    return settings_for_free_ports() | {"DOCKER_HOST": "unix:///nowhere"}
 
 
-@pytest.fixture
-def clone(checkout: Path) -> Iterator[Path]:
-    """A clean clone; what it started ends with the test."""
-    yield checkout
-    make(checkout, {}, "clean")
-
-
-@pytest.fixture
-def prepared(clone: Path) -> Path:
-    """A clone that has its virtual environments already."""
-    for name in (".venv", "tests/.venv"):
-        (clone / name).symlink_to(ROOT / name)
-    return clone
+@pytest.fixture(autouse=True)
+def ended(checkout: Path, ports: dict[str, str]) -> Iterator[None]:
+    """What a test started ends with it."""
+    yield
+    make(checkout, ports, "clean")
 
 
 @pytest.mark.parametrize("uv", ["", str(UV)], ids=["pip", "uv"])
-def test_verify_works_in_a_clean_clone(clone: Path, ports: dict[str, str], uv: str) -> None:
-    result = make(clone, ports, "verify", f"UV={uv}")
+def test_verify_works_in_a_clean_clone(checkout: Path, ports: dict[str, str], uv: str) -> None:
+    result = make(checkout, ports, "verify", f"UV={uv}")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith(f"started a stand-in for tier 01 at {ports['ISSUER_URL']}")
+    assert result.stdout.startswith(f"tier 01: {ports['ISSUER_URL']} and {ports['MCP_URL']}")
     assert result.stdout.endswith("ALL CHECKS PASSED\n")
     assert result.stderr == ""
-    listed = [clone / ".venv/bin/python", "-c", "from importlib.metadata import *; print(*sorted("]
+    listed = [
+        checkout / ".venv/bin/python",
+        "-c",
+        "from importlib.metadata import *; print(*sorted(",
+    ]
     listed[-1] = f"{listed[-1]}each.name.lower() for each in distributions()))"
     packages = subprocess.run(listed, capture_output=True, text=True).stdout.split()
     assert "authplane-sdk" in packages
@@ -82,9 +59,11 @@ def test_run_twice_does_nothing_twice(prepared: Path, ports: dict[str, str]) -> 
     made = {path: path.stat().st_mtime_ns for path in (prepared / ".tier01").glob("*.pid")}
     made[prepared / ".env"] = (prepared / ".env").stat().st_mtime_ns
     second = make(prepared, ports, "run")
-    where = f"{ports['ISSUER_URL']} and {ports['MCP_URL']}"
-    assert first.stdout == f"started a stand-in for tier 01 at {where}: make logs, make clean\n"
-    assert second.stdout == f"tier 01 answers at {where}: started by make run\n"
+    assert first.stdout == second.stdout
+    assert first.stdout.splitlines() == [
+        f"tier 01: {ports['ISSUER_URL']} and {ports['MCP_URL']}, started by make run",
+        f"agent: on this host, since the issuer is {ports['ISSUER_URL']}",
+    ]
     assert len(made) == 3
     assert {path: path.stat().st_mtime_ns for path in made} == made
 
@@ -95,9 +74,7 @@ def test_status_and_logs_and_clean(prepared: Path, ports: dict[str, str]) -> Non
     assert "stand-in for the Authplane authserver" in log
     assert "MCP server demo-server" in log
     running = make(prepared, ports, "status").stdout
-    assert re.search(
-        r"authserver: running, process \d+\nmcp_server: running, process \d+\n", running
-    )
+    assert "authserver: started by make run\nmcp-server: started by make run\n" in running
     assert f"{ports['MCP_URL']}: 401\n" in running
     assert make(prepared, ports, "clean").returncode == 0
     assert status_of("GET", ports["ISSUER_URL"]) == 0
@@ -163,14 +140,14 @@ def test_says_that_half_of_a_tier01_is_not_enough(prepared: Path, tier01: Tier01
     assert "http://localhost:1/mcp answered 000 instead of 401" in result.stderr
 
 
-def test_does_without_a_too_old_python(clone: Path, tmp_path: Path) -> None:
+def test_does_without_a_too_old_python(checkout: Path, tmp_path: Path) -> None:
     old = tmp_path / "python3.11"
     old.write_text("#!/bin/sh\nexit 1\n")
     old.chmod(0o755)
-    result = make(clone, {}, "run", f"PY={old}")
+    result = make(checkout, {}, "run", f"PY={old}")
     assert result.returncode == 2
     assert "no Python 3.12 or newer" in result.stderr
-    assert not (clone / ".venv").exists()
+    assert not (checkout / ".venv").exists()
 
 
 def test_interrupted_run_leaves_nothing(prepared: Path, ports: dict[str, str]) -> None:
@@ -182,7 +159,7 @@ def test_interrupted_run_leaves_nothing(prepared: Path, ports: dict[str, str]) -
         stderr=subprocess.PIPE,
         start_new_session=True,
     ) as run:
-        wait_until((prepared / ".tier01/mcp_server.pid").exists, "the start of the MCP server")
+        wait_until((prepared / ".tier01/mcp-server.pid").exists, "the start of the MCP server")
         os.killpg(run.pid, signal.SIGINT)
         run.communicate(timeout=20)
     wait_until(lambda: not (prepared / ".tier01").exists(), "the removal of .tier01")

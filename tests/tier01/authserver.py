@@ -38,19 +38,18 @@ MAX_FORM_BYTES = 64 * 1024
 SLUG = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 ABSOLUTE_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:.")
 BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
-SCOPE_SHAPE = {"name": str, "description": str}
 RESOURCE_SHAPE = {
-    "slug": str,
-    "uri": str,
-    "backend_kind": str,
-    "display_name": str,
-    "scopes": [SCOPE_SHAPE],
+    "slug": "",
+    "uri": "",
+    "backend_kind": "",
+    "display_name": "",
+    "scopes": [{"name": "", "description": ""}],
 }
 CLIENT_SHAPE = {
-    "client_name": str,
-    "grant_types": [str],
-    "token_endpoint_auth_method": str,
-    "scope": str,
+    "client_name": "",
+    "grant_types": [""],
+    "token_endpoint_auth_method": "",
+    "scope": "",
 }
 AUTH_METHODS = {"client_secret_basic", "client_secret_post"}
 GRANT_TYPES = {"authorization_code", "refresh_token", "client_credentials"}
@@ -231,12 +230,11 @@ class Authserver:
     async def authenticate(
         self, request: Request, forward: Callable[[Request], Awaitable[Response]]
     ) -> Response:
-        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-        if scheme != "Bearer" or not key:
+        scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
+        key, sent_key = self.admin_key.encode(), sent.encode("latin-1")
+        if scheme != "Bearer" or not sent:
             reason = "missing API key"
-        elif not self.admin_key or not hmac.compare_digest(
-            key.encode("latin-1"), self.admin_key.encode()
-        ):
+        elif not key or not hmac.compare_digest(sent_key, key):
             reason = "invalid API key"
         else:
             return await forward(request)
@@ -257,21 +255,14 @@ class Authserver:
         return answer(found.view()) if found else problem(404, "resource not found")
 
     async def create_resource(self, request: Request) -> Response:
-        try:
-            members = await json_members(request, RESOURCE_SHAPE, closed=True)
-        except ValueError as error:
-            return problem(400, f"invalid JSON body: {error}")
-        return self.store(Resource(**members), 201)
+        return self.store(Resource(**await resource_members(request)), 201)
 
     async def one_resource(self, request: Request) -> Response:
         resource = self.resources.get(request.path_params["id"])
         if resource is None:
             return problem(404, "resource not found")
         if request.method == "PATCH":
-            try:
-                changes = await json_members(request, RESOURCE_SHAPE, closed=True)
-            except ValueError as error:
-                return problem(400, f"invalid JSON body: {error}")
+            changes = await resource_members(request)
             return self.store(replace(resource, **changes, updated_at=now()), 200)
         if request.method == "DELETE":
             if resource.minted:
@@ -284,6 +275,8 @@ class Authserver:
         """Keep a new or changed resource, unless it is one that can't be."""
         if not SLUG.fullmatch(resource.slug):
             return problem(400, f'invalid slug "{resource.slug}"')
+        if not all(scope.get("name") for scope in resource.scopes):
+            return problem(400, "invalid scope: it has no name")
         if resource.backend_kind != "mint" or not ABSOLUTE_URI.match(resource.uri):
             return problem(500, "internal error")
         others = (other for other in self.resources.values() if other.id != resource.id)
@@ -401,21 +394,28 @@ def basic_credentials(header: str) -> tuple[str, str] | None:
 
 
 async def json_members(request: Request, shape: Json, closed: bool = False) -> Json:
-    """Return the members of the body that the shape has; a closed shape allows no others."""
+    """Return the members of the body that the shape names; a closed shape allows no others."""
     body = await request.json()
     check(body, shape, closed)
     return {name: value for name, value in body.items() if name in shape}
 
 
+async def resource_members(request: Request) -> Json:
+    try:
+        return await json_members(request, RESOURCE_SHAPE, closed=True)
+    except ValueError as error:
+        raise HTTPException(400, f"invalid JSON body: {error}") from error
+
+
 def check(value: Any, shape: Any, closed: bool) -> None:
-    """Raise ValueError unless the JSON value has the shape: a type, [shape] or {name: shape}."""
-    expected = shape if isinstance(shape, type) else type(shape)
-    if not isinstance(value, expected):
-        raise ValueError(f"{type(value).__name__} where {expected.__name__} belongs")
-    if expected is list:
+    """Raise ValueError unless a JSON value is made as the shape is, an example of one."""
+    kind, found = type(shape).__name__, type(value).__name__
+    if found != kind:
+        raise ValueError(f"{found} where {kind} belongs")
+    if kind == "list":
         for one in value:
             check(one, shape[0], closed)
-    if expected is dict:
+    if kind == "dict":
         for name, member in value.items():
             if name in shape:
                 check(member, shape[name], closed)

@@ -1,0 +1,18 @@
+ARG PYTHON_IMAGE=python:3.12-slim
+
+# Dependencies first and alone: a changed agent.py leaves this layer as it is.
+FROM ${PYTHON_IMAGE} AS dependencies
+WORKDIR /app
+COPY pyproject.toml ./
+RUN python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
+      > requirements.txt \
+    && python -m venv --without-pip .venv \
+    && pip --python .venv/bin/python install --no-cache-dir --quiet -r requirements.txt
+
+FROM ${PYTHON_IMAGE}
+WORKDIR /app
+COPY --from=dependencies /app/.venv .venv
+COPY agent.py ./
+ENV PYTHONUNBUFFERED=1
+USER 65532:65532
+ENTRYPOINT [".venv/bin/python", "agent.py"]
