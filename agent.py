@@ -1,4 +1,4 @@
-"""Call a protected MCP server as this program itself, with a token for that one resource."""
+"""POST an `initialize` to an MCP server and check who answers (MCP 2025-11-25, Streamable HTTP)."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ steps = ["settings"]  # the last one is where a failure happened
 
 
 def printable(text: str) -> str:
-    """Return text as one line, without control characters, the client secret and the token."""
+    """Return text as one line that may be shown: no control characters, no secrets."""
     for secret in [os.environ.get("CLIENT_SECRET"), headers.get("Authorization", "Bearer ")[7:]]:
         text = text.replace(secret, "[hidden]") if secret else text
     return "".join(c if c.isprintable() else " " for c in text)
@@ -46,12 +46,13 @@ async def read_reply(response: httpx.Response) -> str:
 
 
 async def main() -> str:
-    """Return the reply of the expected server to `initialize` (MCP 2025-11-25); raise otherwise."""
+    """Return the reply of the expected server; raise, with its last step in `steps`, otherwise."""
     if unset := [name for name in REQUIRED if not os.environ.get(name)]:
         raise ValueError(f"{', '.join(unset)} not set")
     url, issuer, client_id, client_secret, resource = (os.environ[name] for name in REQUIRED)
     async with asyncio.timeout(30), httpx.AsyncClient(timeout=10) as http:
         # authplane:begin
+        # client_credentials (RFC 6749 section 4.4), for one resource and no other (RFC 8707)
         steps.append(f"access token from {issuer}")
         credentials = ASCredentials(client_id, client_secret)
         client = await AuthplaneClient.create(issuer, auth=credentials)
@@ -81,4 +82,4 @@ if __name__ == "__main__":
     except Exception as error:
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
         kind = getattr(error, "code", type(cause).__name__)
-        sys.exit(printable(f"agent.py: {steps[-1]}: {str(error)[:500]} ({kind})"))
+        sys.exit(printable(f"agent: {steps[-1]}: {str(error)[:500]} ({kind})"))

@@ -17,9 +17,9 @@ if [ -t 1 ] && [ -z "${NO_COLOR-}" ]; then green=$'\e[32m' red=$'\e[31m' plain=$
 # prove WHAT EXPECTED CAME HELP: prints a line; ends the run unless CAME matches EXPECTED, a regular expression.
 prove() {
   if [[ $3 =~ ^($2)$ ]]; then
-    printf '%s✓%s %-36s %s\n' "$green" "$plain" "$1" "$3"
+    printf '%s✓%s %-30s %s\n' "$green" "$plain" "$1" "$3"
   else
-    printf '%s✗%s %-36s %s\n' "$red" "$plain" "$1" "$3"
+    printf '%s✗%s %-30s %s\n' "$red" "$plain" "$1" "$3"
     fail "$1: expected $2, got $3: $4"
   fi
 }
@@ -78,7 +78,7 @@ until [ "$status" = 200 ] || [ "$SECONDS" -ge "$deadline" ]; do
   ask GET "$METADATA_URL" ''
   [ "$status" = 200 ] || sleep 0.2
 done
-prove "discovery answers" 200 "$status" "no authorization server at $ISSUER_URL: make run starts one"
+prove "discovery" 200 "$status" "no authorization server at $ISSUER_URL: make run starts one"
 find_place
 if [ "$place" = "on this host" ]; then
   [ -x .venv/bin/python ] || fail "the agent has no .venv: make run prepares it"
@@ -92,12 +92,12 @@ else
   run=(docker compose run --rm --no-TTY --name "$container" -e AUTHPLANE_ISSUER -e CLIENT_ID -e CLIENT_SECRET
     -e RESOURCE_URI -e MCP_URL -e MCP_SERVER_NAME -e AUTHPLANE_DEV_MODE agent)
 fi
-printf '  the agent runs %s: %s\n' "$place" "$why"
+printf '  agent %s: %s\n' "$place" "$why"
 
 initialize=$(jq -nc '{jsonrpc: "2.0", id: 1, method: "initialize", params: {protocolVersion: "2025-11-25",
   capabilities: {}, clientInfo: {name: "demo-agent", version: "0.1.0"}}}')
 call_mcp
-prove "no token is refused" "401 Bearer resource_metadata" "$came" "is $MCP_URL a protected MCP server?"
+prove "no token: refused" "401 Bearer resource_metadata" "$came" "is $MCP_URL a protected MCP server?"
 
 admin GET "resources?slug=$slug"
 if [ "$status" = 404 ]; then
@@ -113,7 +113,7 @@ case $status in
 esac
 came="$status $(member --arg uri "$RESOURCE_URI" --arg scope "$scope" \
   'if .uri == $uri and any(.scopes[]; .name == $scope) then "'$slug'" else "\(.uri // "") \([.scopes[]?.name])" end')"
-prove "the resource is registered" "20[01] $slug" "$came" "$help"
+prove "resource: registered" "20[01] $slug" "$came" "$help"
 
 caught='' # from here until its id is known, an interrupt would leave a client behind
 trap 'caught=130' INT
@@ -124,7 +124,7 @@ client_id=$(member '.client_id | strings')
 trap 'exit 130' INT
 trap 'exit 143' TERM
 [ -z "$caught" ] || exit "$caught"
-prove "a client is registered" 201 "$status" "see the log of the authorization server"
+prove "client: registered" 201 "$status" "see the log of the authorization server"
 client_secret=$(member .client_secret)
 basic=$(printf '%s:%s' "$client_id" "$client_secret" | base64 | tr -d '\n')
 
@@ -137,31 +137,31 @@ agent=$!
 result=0
 wait "$agent" || result=$?
 agent=''
-prove "the agent is let in" "0 authenticated MCP initialize OK" "$result $(tail -n 1 "$work/agent")" "see README, troubleshooting"
+prove "agent: let in" "0 authenticated MCP initialize OK" "$result $(tail -n 1 "$work/agent")" "see README, troubleshooting"
 
 mint "$scope" "$RESOURCE_URI"
-prove "its credentials mint" 200 "$came" "see the log of the authorization server"
+prove "right credentials: minted" 200 "$came" "see the log of the authorization server"
 token=$(member .access_token)
 
 right=$basic basic=$(printf '%s:%s' "$client_id" not-the-secret | base64 | tr -d '\n')
 mint "$scope" "$RESOURCE_URI"
-prove "a wrong secret is refused" "401 invalid_client" "$came" "the authorization server must check the secret"
+prove "wrong secret: refused" "401 invalid_client" "$came" "the authorization server must check the secret"
 basic=$right
 mint mcp:not-granted "$RESOURCE_URI"
-prove "another scope is refused" "400 invalid_scope" "$came" "the authorization server must not widen scopes"
+prove "scope not granted: refused" "400 invalid_scope" "$came" "the authorization server must not widen scopes"
 mint "$scope" "$RESOURCE_URI/not-registered"
-prove "an unknown resource is refused" "400 invalid_(target|scope)" "$came" "the authorization server must know the resource"
+prove "unknown resource: refused" "400 invalid_(target|scope)" "$came" "the authorization server must know the resource"
 
 call_mcp "${token%??????????}AAAAAAAAAA"
-prove "a tampered token is refused" "401.*" "$came" "the MCP server must verify the signature"
+prove "tampered token: refused" "401.*" "$came" "the MCP server must verify the signature"
 mint "$scope"
-prove "a token for another audience" 200 "$came" "see the log of the authorization server"
+prove "other audience: minted" 200 "$came" "see the log of the authorization server"
 call_mcp "$(member .access_token)"
-prove "is refused" "401.*" "$came" "the MCP server must compare the audience with $RESOURCE_URI"
+prove "other audience: refused" "401.*" "$came" "the MCP server must compare the audience with $RESOURCE_URI"
 
 deleted=$client_id
 delete_client
-prove "client deleted" 204 "$status" "delete $deleted by hand"
+prove "client: deleted" 204 "$status" "delete $deleted by hand"
 mint "$scope" "$RESOURCE_URI"
-prove "its credentials no longer mint" "401 invalid_client" "$came" "the authorization server must forget $deleted"
+prove "deleted client: refused" "401 invalid_client" "$came" "the authorization server must forget $deleted"
 printf '%sALL CHECKS PASSED%s\n' "$green" "$plain"

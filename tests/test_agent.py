@@ -263,7 +263,7 @@ def one_line(result: Result, *fragments: str) -> None:
     """Check what every failure has in common, and what this one must say."""
     assert result.returncode == 1
     assert result.stdout == ""
-    assert re.fullmatch(r"agent\.py: [^\n]+\n", result.stderr), result.stderr
+    assert re.fullmatch(r"agent: [^\n]+\n", result.stderr), result.stderr
     assert result.stderr[:-1].isprintable()
     assert TOKEN not in result.stderr
     assert SECRET not in result.stderr

@@ -243,7 +243,7 @@ BEYOND_RESOURCE = (400, "invalid_scope", f"{SCOPE}is not declared by the target 
             ("nobody", form, 400, "unsupported_grant_type", UNSUPPORTED.format(value))
             for form, value in [
                 ("", ""),
-                ("grant_type=", ""),
+                (f"grant_type=&{GRANT}", ""),
                 ("grant_type=refresh_token", "refresh_token"),
                 (f"grant_type=password&{GRANT}", "password"),
                 ("grant_type=a+b%22%C3%A9é", 'a b"éé'),

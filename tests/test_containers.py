@@ -56,10 +56,12 @@ def agent_image(settings: dict[str, str]) -> str:
 
 
 def left(settings: dict[str, str]) -> list[str]:
-    """Return the containers, networks and volumes that tier 01 and the agent have left."""
+    """Return the containers, networks, volumes and images that tier 01 and the agent have left."""
     kinds = (["ps", "--all"], ["network", "ls"], ["volume", "ls"])
     named = ["--quiet", "--filter", f"name={project(settings)}"]
-    return [name for kind in kinds for name in docker(*kind, *named).split()]
+    images = ["image", "ls", "--quiet", "--filter", f"reference=*:{project(settings)}*"]
+    found = [docker(*kind, *named) for kind in kinds] + [docker(*images)]
+    return " ".join(found).split()
 
 
 @pytest.fixture(scope="module")

@@ -33,21 +33,21 @@ type StartFake = Callable[[Handler], Fake]
 type Change = Callable[[Request, Handler], Answer]
 
 PROOFS = """\
-✓ discovery answers                    200
-  the agent runs on this host: the issuer is http://localhost:PORT
-✓ no token is refused                  401 Bearer resource_metadata
-✓ the resource is registered           200 demo-mcp
-✓ a client is registered               201
-✓ the agent is let in                  0 authenticated MCP initialize OK
-✓ its credentials mint                 200
-✓ a wrong secret is refused            401 invalid_client
-✓ another scope is refused             400 invalid_scope
-✓ an unknown resource is refused       400 invalid_target
-✓ a tampered token is refused          401 Bearer invalid_token resource_metadata
-✓ a token for another audience         200
-✓ is refused                           401 Bearer invalid_token resource_metadata
-✓ client deleted                       204
-✓ its credentials no longer mint       401 invalid_client
+✓ discovery                      200
+  agent on this host: the issuer is http://localhost:PORT
+✓ no token: refused              401 Bearer resource_metadata
+✓ resource: registered           200 demo-mcp
+✓ client: registered             201
+✓ agent: let in                  0 authenticated MCP initialize OK
+✓ right credentials: minted      200
+✓ wrong secret: refused          401 invalid_client
+✓ scope not granted: refused     400 invalid_scope
+✓ unknown resource: refused      400 invalid_target
+✓ tampered token: refused        401 Bearer invalid_token resource_metadata
+✓ other audience: minted         200
+✓ other audience: refused        401 Bearer invalid_token resource_metadata
+✓ client: deleted                204
+✓ deleted client: refused        401 invalid_client
 ALL CHECKS PASSED
 """
 
@@ -210,53 +210,57 @@ def resource_with(**members: object) -> Change:
 
 
 BROKEN: dict[str, tuple[str, Change, str]] = {
-    "MCP lets anybody in": ("MCP_URL", always("/", LET_IN), "no token is refused"),
-    "MCP 405": ("MCP_URL", always("/", http("405 No")), "no token is refused"),
-    "MCP 302": ("MCP_URL", always("/", http("302 Found", location="/x")), "no token is refused"),
-    "MCP 500": ("MCP_URL", always("/", http("500 Oops")), "no token is refused"),
+    "MCP lets anybody in": ("MCP_URL", always("/", LET_IN), "no token: refused"),
+    "MCP 405": ("MCP_URL", always("/", http("405 No")), "no token: refused"),
+    "MCP 302": ("MCP_URL", always("/", http("302 Found", location="/x")), "no token: refused"),
+    "MCP 500": ("MCP_URL", always("/", http("500 Oops")), "no token: refused"),
     "MCP 401 without metadata": (
         "MCP_URL",
         always("/", http("401 No", www_authenticate="Bearer")),
-        "no token is refused",
+        "no token: refused",
     ),
     "MCP 401 with Basic": (
         "MCP_URL",
         always("/", http("401 No", www_authenticate='Basic realm="resource_metadata"')),
-        "no token is refused",
+        "no token: refused",
     ),
-    "MCP silent": ("MCP_URL", always("/", b""), "no token is refused"),
-    "MCP takes tampered tokens": ("MCP_URL", takes_tampered_tokens, "a tampered token is refused"),
-    "MCP takes tokens for others": ("MCP_URL", takes_tokens_for_others, "is refused"),
+    "MCP silent": ("MCP_URL", always("/", b""), "no token: refused"),
+    "MCP takes tampered tokens": ("MCP_URL", takes_tampered_tokens, "tampered token: refused"),
+    "MCP takes tokens for others": ("MCP_URL", takes_tokens_for_others, "other audience: refused"),
     "metadata without issuer": (
         "ISSUER_URL",
         always("/.well-known", http("200 OK", "{}")),
         "names no issuer",
     ),
     "metadata is HTML": ("ISSUER_URL", always("/.well-known", http("200 OK", "<p>")), "no issuer"),
-    "mints nothing": ("ISSUER_URL", always("/oauth", http("500 Oops")), "its credentials mint"),
-    "mints for a wrong secret": ("ISSUER_URL", mints_for_any_secret, "a wrong secret is refused"),
+    "mints nothing": (
+        "ISSUER_URL",
+        always("/oauth", http("500 Oops")),
+        "right credentials: minted",
+    ),
+    "mints for a wrong secret": ("ISSUER_URL", mints_for_any_secret, "wrong secret: refused"),
     "400 for a wrong secret": (
         "ISSUER_URL",
         knows_no_invalid_client,
-        "a wrong secret is refused",
+        "wrong secret: refused",
     ),
-    "mints any scope": ("ISSUER_URL", mints_any_scope, "another scope is refused"),
+    "mints any scope": ("ISSUER_URL", mints_any_scope, "scope not granted: refused"),
     "mints for any resource": (
         "ISSUER_URL",
         mints_for_any_resource,
-        "an unknown resource is refused",
+        "unknown resource: refused",
     ),
     "admin 401": (
         "ADMIN_URL",
         always("/", http("401 No", '{"error": "unauthorized"}')),
         "AUTHPLANE_ADMIN_API_KEY",
     ),
-    "admin 500": ("ADMIN_URL", always("/", http("500 Oops")), "the resource is registered"),
+    "admin 500": ("ADMIN_URL", always("/", http("500 Oops")), "resource: registered"),
     "admin silent": ("ADMIN_URL", always("/", b""), "does not answer at ADMIN_URL"),
     "admin 500 for clients": (
         "ADMIN_URL",
         always("/admin/clients", http("500 Oops")),
-        "a client is registered",
+        "client: registered",
     ),
     "resource with another uri": (
         "ADMIN_URL",
@@ -271,12 +275,12 @@ BROKEN: dict[str, tuple[str, Change, str]] = {
     "client stays": (
         "ADMIN_URL",
         always("/admin/clients/", http("500 Oops"), "DELETE"),
-        "client deleted",
+        "client: deleted",
     ),
     "deleted client still mints": (
         "ADMIN_URL",
         always("/admin/clients/", http("204 No Content"), "DELETE"),
-        "its credentials no longer mint",
+        "deleted client: refused",
     ),
 }
 
@@ -303,7 +307,7 @@ def test_waits_for_discovery_but_not_for_ever(place: Path) -> None:
 def test_turns_red_when_the_agent_is_not_let_in(place: Path, tier01: Tier01) -> None:
     result = verify(place, tier01.settings | {"MCP_SERVER_NAME": "other"})
     assert result.returncode == 1
-    assert "✗ the agent is let in" in result.stdout
+    assert "✗ agent: let in" in result.stdout
     assert "no result.serverInfo.name 'other'" in result.stderr
 
 

@@ -29,7 +29,6 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
 
 from listeners import serve
 
@@ -231,10 +230,9 @@ class Authserver:
         self, request: Request, forward: Callable[[Request], Awaitable[Response]]
     ) -> Response:
         scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
-        key, sent_key = self.admin_key.encode(), sent.encode("latin-1")
         if scheme != "Bearer" or not sent:
             reason = "missing API key"
-        elif not key or not hmac.compare_digest(sent_key, key):
+        elif not hmac.compare_digest(sent.encode("latin-1"), self.admin_key.encode()):
             reason = "invalid API key"
         else:
             return await forward(request)
@@ -464,11 +462,11 @@ async def main() -> None:
         issuer=os.environ.get("AUTHPLANE_SERVER_ISSUER") or "http://localhost:9000",
         admin_key=os.environ.get("AUTHPLANE_ADMIN_API_KEY", ""),
     )
-    listeners: dict[str, ASGIApp] = {
-        os.environ.get("AUTHPLANE_SERVER_ADDRESS") or ":9000": state.public(),
-        os.environ.get("AUTHPLANE_ADMIN_ADDRESS") or ":9001": state.admin(),
-    }
-    await serve(f"stand-in for the Authplane authserver, issuer {state.issuer}", listeners)
+    await serve(
+        f"stand-in for the Authplane authserver, issuer {state.issuer}",
+        (os.environ.get("AUTHPLANE_SERVER_ADDRESS") or ":9000", state.public()),
+        (os.environ.get("AUTHPLANE_ADMIN_ADDRESS") or ":9001", state.admin()),
+    )
 
 
 if __name__ == "__main__":

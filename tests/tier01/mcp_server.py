@@ -37,7 +37,7 @@ async def main() -> None:
     hosts = ["localhost", "127.0.0.1", "mcp-server", urlsplit(base_url).hostname or "localhost"]
     app = server.http_app(path="/mcp", host_origin_protection=True, allowed_hosts=hosts)
     address = f"{os.environ.get('HOST', '')}:{os.environ.get('PORT') or 8080}"
-    await serve(f"MCP server demo-server, audience {base_url}/mcp", {address: app})
+    await serve(f"MCP server demo-server, audience {base_url}/mcp", (address, app))
 
 
 if __name__ == "__main__":

@@ -133,6 +133,7 @@ stop() {
   if [ -f "$state/network" ]; then
     docker_answers || fail "the containers in $(cat "$state/network") are still there, and no Docker engine answers: start it"
     compose down --volumes
+    remove_image "$(compose config --images mcp-server)"
   else
     for server in "${servers[@]}"; do
       if running "$server"; then kill "$(cat "$state/$server.pid")"; fi
@@ -145,14 +146,14 @@ stop() {
   rm -rf "$state"
 }
 
-# clean: stops, and removes the images that were built.
+remove_image() {
+  if docker image inspect "$1" >/dev/null 2>&1; then docker image rm "$1" >/dev/null; fi
+}
+
+# clean: stops tier 01 if it was started here, and removes the agent's image.
 clean() {
-  local image
   stop
-  docker_answers || return 0
-  for image in "$(agent_image)" "$(compose config --images mcp-server)"; do
-    if docker image inspect "$image" >/dev/null 2>&1; then docker image rm --force "$image" >/dev/null; fi
-  done
+  if docker_answers; then remove_image "$(agent_image)"; fi
 }
 
 status() {
