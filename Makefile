@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 export MAKE PY UV
 .DEFAULT_GOAL := help
-.PHONY: help run verify test lint status logs clean
+.PHONY: help run verify diff test lint status logs clean
 UV := $(shell command -v uv 2>/dev/null)
 
 help: ## Show this help
@@ -13,6 +13,12 @@ run: .env ## Prepare the agent; start a tier 01 unless one answers
 
 verify: run ## Run the agent; prove that all others are turned away
 	@./verify.sh
+
+diff: ## Show what auth adds to a client that has none
+	@awk '/# authplane:/ { auth = /begin/ } /^ *(#|$$)/ { next } { total++ } auth && !/^ *(from|import) / { lines++ } \
+	  END { printf "Auth-specific code: %d lines · Total example: %d lines", lines, total }' agent.py
+	@sed -n 's/^dependencies = \["authplane-sdk\([^"]*\).*/ · SDK: authplane-sdk \1/p' pyproject.toml
+	@diff -U1 --label tests/plain_agent.py --label agent.py tests/plain_agent.py agent.py; [ $$? = 1 ]
 
 test: .venv/ready tests/.venv/test ## Run all tests
 	@tests/.venv/bin/pytest

@@ -20,6 +20,7 @@ from conftest import (
 
 pytestmark = pytest.mark.xdist_group("relay")
 CALLS = 100
+TOKEN_REQUESTS = 1  # the README says so
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_a_hundred_calls_cost_one_token(quiet_tier01: Tier01, relay: tuple[str, 
             return [result.data for result in await asyncio.gather(*calls)]
 
     assert asyncio.run(call_all()) == [f"call {n}" for n in range(CALLS)]
-    assert token_requests(quiet_tier01) - before == 1
+    assert token_requests(quiet_tier01) - before == TOKEN_REQUESTS
 
 
 def test_lends_its_access_to_nobody(relay: tuple[str, str]) -> None:

@@ -6,7 +6,9 @@ cd "$(dirname "$0")/../.."
 # shellcheck source=tests/settings.sh
 . tests/settings.sh
 setting AUTHSERVER_IMAGE authplane/authserver:0.2.2
-export AUTHSERVER_IMAGE AUTHPLANE_ADMIN_API_KEY RESOURCE_BASE_URL=${RESOURCE_URI%/mcp}
+setting AUTHPLANE_SESSION_SECRET dev-session-secret-change-me
+setting PYTHON_IMAGE python:3.12-slim
+export AUTHSERVER_IMAGE AUTHPLANE_SESSION_SECRET PYTHON_IMAGE AUTHPLANE_ADMIN_API_KEY RESOURCE_BASE_URL=${RESOURCE_URI%/mcp}
 state=.tier01 # what was started: logs, and process ids or the name of the network
 servers=(authserver mcp-server)
 
