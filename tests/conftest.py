@@ -1,6 +1,8 @@
 """Shared fixtures: a tier 01 on ports of its own, fake servers, and the programs under test."""
 
+import contextlib
 import os
+import random
 import re
 import shutil
 import signal
@@ -10,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,15 @@ CLIENT = {
 Result = subprocess.CompletedProcess[str]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give the tests that share a tier 01 to one worker, so that only one is started."""
+    for item in items:
+        shares = "tier01" in getattr(item, "fixturenames", ())
+        if shares and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group("tier01"))
+
+
 SOMEBODYS = re.compile(
     r"(?i)(.*_proxy|python.*|make.*|mflags|py|uv|no_color|tier01.*|authplane_.*|authserver_.*"
     r"|client_(id|secret)|resource_uri|(mcp|issuer|admin)_url|mcp_server_name)"
@@ -50,12 +60,13 @@ def plain_environment(**settings: str) -> dict[str, str]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports of loopback that nobody listens on."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    """Return free ports of loopback, from below those that the system gives to others meanwhile."""
+    ports: set[int] = set()
+    while len(ports) < count:
+        port = random.randrange(10_000, 30_000)  # noqa: S311
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            ports.add(port)
+    return list(ports)
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = 20) -> None:
@@ -110,7 +121,7 @@ class Tier01:
         )
 
 
-@contextmanager
+@contextlib.contextmanager
 def program(name: str, log: Path, **settings: str) -> Generator[subprocess.Popen[bytes]]:
     """Run tests/tier01/NAME.py, from another folder; end it with SIGTERM."""
     with log.open("wb") as output:
@@ -128,7 +139,7 @@ def program(name: str, log: Path, **settings: str) -> Generator[subprocess.Popen
             process.wait(10)
 
 
-@contextmanager
+@contextlib.contextmanager
 def running_tier01(logs: Path) -> Generator[Tier01]:
     """Run both programs of tests/tier01 on free ports."""
     public, admin, mcp = free_ports(3)

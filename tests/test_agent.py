@@ -114,6 +114,7 @@ def call(
     mcp: Answer | Handler = None,
     authserver: Handler | None = None,
     settings: dict[str, str] | None = None,
+    program: Path = ROOT / "agent.py",
 ) -> tuple[Result, Fake, Fake]:
     """Run the agent against fakes; return its result and both fakes."""
 
@@ -131,7 +132,7 @@ def call(
         "MCP_URL": f"{server.url}/mcp",
         "AUTHPLANE_DEV_MODE": "1",
     }
-    return run_agent(required | (settings or {})), issuer, server
+    return run_agent(required | (settings or {}), program), issuer, server
 
 
 def test_asks_for_one_scope_and_one_resource(fake: StartFake) -> None:
@@ -389,21 +390,10 @@ def test_says_which_setting_is_wrong(
     one_line(call(fake, settings=settings)[0], *told)
 
 
-WAITS: dict[str, tuple[dict[str, Answer], bytes | None, str]] = {
-    "metadata": ({"metadata": None}, None, "access token from"),
-    "token": ({"token": None}, None, "access token from"),
-    "no answer": ({}, None, "initialize at"),
-    "no reply in the stream": ({}, sse(NOTIFICATION), "initialize at"),
-}
-
-
-@pytest.mark.parametrize(("answers", "mcp", "told"), WAITS.values(), ids=WAITS.keys())
-def test_waits_for_no_answer_for_long(
-    fake: StartFake, answers: dict[str, Answer], mcp: bytes | None, told: str
-) -> None:
-    answer = stalling(mcp) if mcp else None
+def test_waits_for_no_token_for_long(fake: StartFake) -> None:
     started = time.monotonic()
-    one_line(call(fake, answer, authorization_server(**answers))[0], told, "ReadTimeout")
+    silent = authorization_server(token=None)
+    one_line(call(fake, authserver=silent)[0], "access token from", "(ReadTimeout)")
     assert time.monotonic() - started < 25
 
 
@@ -415,10 +405,25 @@ def dripping(_: Request) -> Iterator[bytes]:
         yield b": keep-alive\n\n"
 
 
-def test_bounds_the_whole_call(fake: StartFake) -> None:
+WAITS: dict[str, tuple[Answer | Handler, str]] = {
+    "no answer": (None, "(ReadTimeout)"),
+    "a stream that stalls": (stalling(sse(NOTIFICATION)), "(ReadTimeout)"),
+    "a stream that never ends": (dripping, "(TimeoutError)"),
+}
+
+
+@pytest.mark.parametrize(("answer", "kind"), WAITS.values(), ids=WAITS.keys())
+def test_bounds_every_wait_and_the_whole_call(
+    fake: StartFake, tmp_path: Path, answer: Answer | Handler, kind: str
+) -> None:
+    """In a copy that waits for a second, and two seconds for all."""
+    agent = (ROOT / "agent.py").read_text()
+    hasty = agent.replace("timeout(30)", "timeout(2)").replace("timeout=10", "timeout=1")
+    assert hasty.count("timeout(2)") == hasty.count("timeout=1)") == 1
+    (tmp_path / "agent.py").write_text(hasty)
     started = time.monotonic()
-    one_line(call(fake, dripping)[0], "initialize at", "TimeoutError")
-    assert 29 < time.monotonic() - started < 35
+    one_line(call(fake, answer, program=tmp_path / "agent.py")[0], "initialize at", kind)
+    assert time.monotonic() - started < 8
 
 
 def test_ends_quietly_on_ctrl_c(fake: StartFake, agent_settings: dict[str, str]) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from authplane import AuthplaneClient
 
 from conftest import (
     CLIENT,
@@ -192,7 +191,7 @@ def test_commands_print_what_is_shown(checkout: Path, reader: dict[str, str]) ->
         needs_engine = "docker build" in commands
         if needs_engine and not ENGINE:
             assert "CI" not in os.environ
-            continue
+            commands = "make clean\n"
         away = "unset DOCKER_HOST" if needs_engine else "export DOCKER_HOST=unix:///nowhere"
         script += f"{away}\n{commands}echo '--- end of block'\n"
         shown.append(output)
