@@ -37,7 +37,8 @@ Content-Type: application/json" ${3+--data "$3"}
 mint() {
   ask POST "$ISSUER_URL/oauth/token" "Authorization: Basic $basic" --data grant_type=client_credentials \
     --data-urlencode "scope=$1" ${2+--data-urlencode "resource=$2"}
-  came="$status$(member '.error // empty | " \(.)"')"
+  came=$status
+  [ "$status" = 200 ] || came+=" $(member '.error // empty')"
 }
 
 # call_mcp [TOKEN]: POSTs what the agent POSTs; came is the status, with what matters of the challenge.
@@ -94,8 +95,8 @@ else
 fi
 printf '  agent %s: %s\n' "$place" "$why"
 
-initialize=$(jq -nc '{jsonrpc: "2.0", id: 1, method: "initialize", params: {protocolVersion: "2025-11-25",
-  capabilities: {}, clientInfo: {name: "demo-agent", version: "0.1.0"}}}')
+initialize='{"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {"protocolVersion": "2025-11-25",
+  "capabilities": {}, "clientInfo": {"name": "demo-agent", "version": "0.1.0"}}}'
 call_mcp
 prove "no token: refused" "401 Bearer resource_metadata" "$came" "is $MCP_URL a protected MCP server?"
 
@@ -111,22 +112,23 @@ case $status in
   20?) help="PATCH $ADMIN_URL/admin/resources/$(member .id) to $RESOURCE_URI with $scope, or set RESOURCE_URI" ;;
   *) help="see the log of the authorization server" ;;
 esac
+# shellcheck disable=SC2016 # the variables are jq's
 came="$status $(member --arg uri "$RESOURCE_URI" --arg scope "$scope" \
-  'if .uri == $uri and any(.scopes[]; .name == $scope) then "'$slug'" else "\(.uri // "") \([.scopes[]?.name])" end')"
+  'if .uri == $uri and any(.scopes[]; .name == $scope) then .slug else "\(.uri // "") \([.scopes[]?.name])" end')"
 prove "resource: registered" "20[01] $slug" "$came" "$help"
 
 caught='' # from here until its id is known, an interrupt would leave a client behind
 trap 'caught=130' INT
 trap 'caught=143' TERM
-unstoppable=yes admin POST clients "$(jq -nc --arg scope "$scope" '{client_name: "demo-agent-client",
-  grant_types: ["client_credentials"], token_endpoint_auth_method: "client_secret_basic", scope: $scope}')"
-client_id=$(member '.client_id | strings')
+unstoppable=yes admin POST clients '{"client_name": "demo-agent-client", "grant_types": ["client_credentials"],
+  "token_endpoint_auth_method": "client_secret_basic", "scope": "'"$scope"'"}'
+credentials=$(trap '' INT TERM && member 'select(.client_id) | "\(.client_id):\(.client_secret)"')
+client_id=${credentials%%:*} client_secret=${credentials#*:}
 trap 'exit 130' INT
 trap 'exit 143' TERM
 [ -z "$caught" ] || exit "$caught"
 prove "client: registered" 201 "$status" "see the log of the authorization server"
-client_secret=$(member .client_secret)
-basic=$(printf '%s:%s' "$client_id" "$client_secret" | base64 | tr -d '\n')
+basic=$(printf '%s' "$credentials" | base64 | tr -d '\n')
 
 agent_url=$MCP_URL
 [ "$place" = "on this host" ] || agent_url=$NETWORK_MCP_URL

@@ -54,47 +54,44 @@ def test_pip_prepares_what_uv_prepares(
     assert "fastmcp" not in packages
 
 
-def test_run_twice_does_nothing_twice(prepared: Path, ports: dict[str, str]) -> None:
+def test_life_of_what_run_starts(prepared: Path, ports: dict[str, str]) -> None:
+    """One start for all: a second run, what it is like, and its end."""
     first = make(prepared, ports, "run")
-    made = {path: path.stat().st_mtime_ns for path in (prepared / ".tier01").glob("*.pid")}
-    made[prepared / ".env"] = (prepared / ".env").stat().st_mtime_ns
-    second = make(prepared, ports, "run")
-    assert first.stdout == second.stdout
     assert first.stdout.splitlines() == [
         f"tier 01: {ports['ISSUER_URL']} and {ports['MCP_URL']}, started by make run",
         f"agent: on this host, since the issuer is {ports['ISSUER_URL']}",
     ]
-    assert len(made) == 3
-    assert {path: path.stat().st_mtime_ns for path in made} == made
+    made = [prepared / ".env", *(prepared / ".tier01").iterdir()]
+    assert {path.name for path in made[1:]} == {
+        f"{name}.{kind}" for name in ("authserver", "mcp-server") for kind in ("pid", "log")
+    }
+    assert [path.stat().st_mode & 0o077 for path in made] == [0] * 5
 
+    pids = {path: path.read_text() for path in made if path.suffix == ".pid"}
+    assert make(prepared, ports, "run").stdout == first.stdout
+    assert {path: path.read_text() for path in pids} == pids
+    for pid in map(int, pids.values()):
+        assert os.getpgid(pid) == pid  # so the terminal's Ctrl-C does not reach it
 
-def test_status_and_logs_and_clean(prepared: Path, ports: dict[str, str]) -> None:
-    make(prepared, ports, "run")
     log = make(prepared, ports, "logs").stdout
     assert "stand-in for the Authplane authserver" in log
     assert "MCP server demo-server" in log
     running = make(prepared, ports, "status").stdout
     assert "authserver: started by make run\nmcp-server: started by make run\n" in running
     assert f"{ports['MCP_URL']}: 401\n" in running
-    assert make(prepared, ports, "clean").returncode == 0
-    assert status_of("GET", ports["ISSUER_URL"]) == 0
-    assert status_of("GET", ports["MCP_URL"]) == 0
-    tracked = {path.name for path in prepared.iterdir()}
-    assert not tracked & {".env", ".venv", ".tier01"}
-    assert not (prepared / "tests/.venv").exists()
-    assert make(prepared, ports, "clean").returncode == 0
+
+    for _ in range(2):
+        assert make(prepared, ports, "clean").returncode == 0
+        assert status_of("GET", ports["ISSUER_URL"]) == status_of("GET", ports["MCP_URL"]) == 0
+        assert not {path.name for path in prepared.iterdir()} & {".env", ".venv", ".tier01"}
+        assert not (prepared / "tests/.venv").exists()
+
     ended = make(prepared, ports, "status").stdout
     assert "authserver: not started by make run\n" in ended
     assert f"{ports['ISSUER_URL']}: no answer\n" in ended
     logs = make(prepared, ports, "logs")
     assert (logs.returncode, logs.stdout) == (2, "")
     assert "nothing that is still there" in logs.stderr
-
-
-def test_secrets_are_for_the_owner_only(prepared: Path, ports: dict[str, str]) -> None:
-    make(prepared, ports, "run")
-    made = [prepared / ".env", *(prepared / ".tier01").iterdir()]
-    assert [oct(path.stat().st_mode & 0o077) for path in made] == ["0o0"] * 5
 
 
 def test_an_edited_dotenv_stays(prepared: Path, tier01: Tier01) -> None:
@@ -167,13 +164,6 @@ def test_interrupted_run_leaves_nothing(prepared: Path, ports: dict[str, str]) -
     wait_until(lambda: not (prepared / ".tier01").exists(), "the removal of .tier01")
     assert status_of("GET", ports["ISSUER_URL"]) == 0
     assert status_of("GET", ports["MCP_URL"]) == 0
-
-
-def test_ctrl_c_does_not_reach_what_run_started(prepared: Path, ports: dict[str, str]) -> None:
-    make(prepared, ports, "run")
-    for pid in (prepared / ".tier01").glob("*.pid"):
-        process = int(pid.read_text())
-        assert os.getpgid(process) == process
 
 
 def test_help_names_every_target() -> None:
