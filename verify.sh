@@ -17,9 +17,9 @@ if [ -t 1 ] && [ -z "${NO_COLOR-}" ]; then green=$'\e[32m' red=$'\e[31m' plain=$
 # prove WHAT EXPECTED CAME HELP: prints a line; ends the run unless CAME matches EXPECTED, a regular expression.
 prove() {
   if [[ $3 =~ ^($2)$ ]]; then
-    printf '%s✓%s %-30s %s\n' "$green" "$plain" "$1" "$3"
+    printf '%s✓%s %-30s %s\n' "$green" "$plain" "$1" "$(printable "$3")"
   else
-    printf '%s✗%s %-30s %s\n' "$red" "$plain" "$1" "$3"
+    printf '%s✗%s %-30s %s\n' "$red" "$plain" "$1" "$(printable "$3")"
     fail "$1: expected $2, got $3: $4"
   fi
 }
@@ -93,7 +93,7 @@ else
   run=(docker compose run --rm --no-TTY --name "$container" -e AUTHPLANE_ISSUER -e CLIENT_ID -e CLIENT_SECRET
     -e RESOURCE_URI -e MCP_URL -e MCP_SERVER_NAME -e AUTHPLANE_DEV_MODE agent)
 fi
-printf '  agent %s: %s\n' "$place" "$why"
+printf '  agent %s: %s\n' "$place" "$(printable "$why")"
 
 initialize='{"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {"protocolVersion": "2025-11-25",
   "capabilities": {}, "clientInfo": {"name": "demo-agent", "version": "0.1.0"}}}'

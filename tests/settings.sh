@@ -15,21 +15,25 @@ setting() {
   printf -v "$1" '%s' "${value:-$2}"
 }
 
+# printable TEXT: as one line that can do nothing to a terminal, whoever wrote it.
+printable() { printf '%s' "${1//[![:print:]]/ }"; }
+
 # fail MESSAGE: one line on standard error, exit 1.
 fail() {
-  printf '%s: %s\n' "${0##*/}" "$1" >&2
+  printf '%s: %s\n' "${0##*/}" "$(printable "$1")" >&2
   exit 1
 }
 
 # ask METHOD URL HEADERS [CURL OPTION]…: sets status (000 when nothing came), headers and body to what was answered.
-# The headers reach curl by standard input, because every process of the machine can read an argument.
+# The headers reach curl by standard input, because every process of the machine can read an argument. An address may
+# come from a server: it can name neither another scheme nor an option.
 ask() {
   local answer method=$1 url=$2 sent=$3
   shift 3
   answer=$(
     [ -z "${unstoppable-}" ] || trap '' INT TERM
-    printf '%s\n' "$sent" | curl --silent --show-error --include --connect-timeout 3 --max-time 10 \
-      --write-out '\n%{http_code}' --request "$method" --header @- "$@" "$url" 2>&1
+    printf '%s\n' "$sent" | curl --disable --silent --show-error --include --connect-timeout 3 --max-time 10 \
+      --write-out '\n%{http_code}' --request "$method" --header @- "$@" --globoff --proto =http,https --url "$url" 2>&1
   ) || : # the status tells
   answer=${answer//$'\r'/}
   status=${answer##*$'\n'}

@@ -16,6 +16,7 @@ import pytest
 from conftest import (
     KEY,
     RESOURCE,
+    ROOT,
     Answer,
     Fake,
     Handler,
@@ -283,6 +284,27 @@ BROKEN: dict[str, tuple[str, Change, str]] = {
         "deleted client: refused",
     ),
 }
+
+
+HOSTILE = {
+    "escape sequences": ("http://evil\x1b[31m\r\nALL", "http://evil [31m  ALL"),
+    "an option of curl": ("--output=ran", "--output=ran"),
+    "a file": (f"file://{ROOT}", f"file://{ROOT}"),
+}
+
+
+@pytest.mark.parametrize(("issuer", "shown"), HOSTILE.values(), ids=HOSTILE.keys())
+def test_does_nothing_that_a_hostile_issuer_says(
+    fake: StartFake, place: Path, tier01: Tier01, issuer: str, shown: str
+) -> None:
+    metadata = always("/.well-known", http("200 OK", json.dumps({"issuer": issuer})))
+    settings = behind(fake, tier01, "ISSUER_URL", metadata) | {"DOCKER_HOST": "unix:///nowhere"}
+    result = verify(place, settings)
+    assert result.returncode == 1
+    assert re.fullmatch(r"verify\.sh: [^\n]+\n", result.stderr)
+    assert f"the issuer {shown} is out of reach here" in result.stderr
+    assert result.stderr[:-1].isprintable()
+    assert not (place / "ran").exists()
 
 
 @pytest.mark.parametrize(("server", "change", "told"), BROKEN.values(), ids=BROKEN.keys())

@@ -126,7 +126,7 @@ start() {
   ask POST "$MCP_URL" ''
   [ "$status" = 401 ] || fail "tier 01 answers at $ISSUER_URL, but $MCP_URL answered $status instead of 401: set MCP_URL"
   echo "tier 01: $ISSUER_URL and $MCP_URL, started by $whose"
-  echo "agent: $place, since $why"
+  echo "agent: $place, since $(printable "$why")"
 }
 
 # stop: ends what was started, and nothing else.
