@@ -241,6 +241,7 @@ MCP_FAILURES: dict[str, tuple[Answer, list[str]]] = {
         reply_with(result={"serverInfo": {"name": "other"}}),
         ["demo-server", "other"],
     ),
+    "long reply": (reply_with(result={"instructions": "long " * 9999}), ["long long"]),
     "name elsewhere": (
         reply_with(result={"serverInfo": {"name": "x"}, "instructions": "demo-server"}),
         ['"name": "x"'],
@@ -266,6 +267,7 @@ def one_line(result: Result, *fragments: str) -> None:
     assert result.stdout == ""
     assert re.fullmatch(r"agent: [^\n]+\n", result.stderr), result.stderr
     assert result.stderr[:-1].isprintable()
+    assert len(result.stderr) < 1000
     assert TOKEN not in result.stderr
     assert SECRET not in result.stderr
     for fragment in fragments:
@@ -344,7 +346,6 @@ def test_says_what_the_authorization_server_answered(
 ) -> None:
     result, issuer, server = call(fake, authserver=authorization_server(**answers))
     one_line(result, f"access token from {issuer.url}", *told)
-    assert len(result.stderr) < 700
     assert server.requests == []
 
 

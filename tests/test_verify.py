@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Callable
@@ -16,7 +17,6 @@ import pytest
 from conftest import (
     KEY,
     RESOURCE,
-    ROOT,
     Answer,
     Fake,
     Handler,
@@ -286,25 +286,40 @@ BROKEN: dict[str, tuple[str, Change, str]] = {
 }
 
 
-HOSTILE = {
-    "escape sequences": ("http://evil\x1b[31m\r\nALL", "http://evil [31m  ALL"),
-    "an option of curl": ("--output=ran", "--output=ran"),
-    "a file": (f"file://{ROOT}", f"file://{ROOT}"),
-}
-
-
-@pytest.mark.parametrize(("issuer", "shown"), HOSTILE.values(), ids=HOSTILE.keys())
+@pytest.mark.parametrize(("more", "shown"), [("", ""), ("\x1b[31m\r\nALL", " [31m  ALL")])
 def test_does_nothing_that_a_hostile_issuer_says(
-    fake: StartFake, place: Path, tier01: Tier01, issuer: str, shown: str
+    fake: StartFake, place: Path, tier01: Tier01, more: str, shown: str
 ) -> None:
-    metadata = always("/.well-known", http("200 OK", json.dumps({"issuer": issuer})))
-    settings = behind(fake, tier01, "ISSUER_URL", metadata) | {"DOCKER_HOST": "unix:///nowhere"}
-    result = verify(place, settings)
+    """No other scheme is spoken, and nothing is sent to the terminal."""
+    with socket.create_server(("127.0.0.2", 0)) as listener:
+        listener.settimeout(0.1)
+        issuer = f"ftp://127.0.0.2:{listener.getsockname()[1]}"
+        hostile = http("200 OK", json.dumps({"issuer": f"{issuer}{more}"}))
+        settings = behind(fake, tier01, "ISSUER_URL", always("/.well-known", hostile))
+        result = verify(place, settings | {"DOCKER_HOST": "unix:///nowhere"})
+        with pytest.raises(TimeoutError):
+            listener.accept()
     assert result.returncode == 1
-    assert re.fullmatch(r"verify\.sh: [^\n]+\n", result.stderr)
-    assert f"the issuer {shown} is out of reach here" in result.stderr
+    assert f"the issuer {issuer}{shown} is out of reach here" in result.stderr
     assert result.stderr[:-1].isprintable()
-    assert not (place / "ran").exists()
+
+
+def test_agent_gets_its_own_credentials_only(place: Path, tier01: Tier01) -> None:
+    (place / ".venv").unlink()
+    (place / ".venv/bin").mkdir(parents=True)
+    (place / ".venv/bin/python").write_text(f"#!/bin/sh\nenv >{place}/agents\n")
+    (place / ".venv/bin/python").chmod(0o755)
+    assert verify(place, tier01.settings).returncode == 1
+    environment = (place / "agents").read_text()
+    assert "CLIENT_SECRET=" in environment
+    assert KEY not in environment
+
+
+def test_does_not_mind_a_curlrc(place: Path, tier01: Tier01) -> None:
+    (place / "home").mkdir()
+    (place / "home/.curlrc").write_text("head\n")
+    settings = tier01.settings | {"HOME": f"{place}/home"}
+    assert masked(verify(place, settings).stdout) == PROOFS
 
 
 @pytest.mark.parametrize(("server", "change", "told"), BROKEN.values(), ids=BROKEN.keys())
@@ -478,14 +493,16 @@ def test_cleans_up_when_interrupted(
     run = start_verify(place, in_place(place, settings))
     assert reached.wait(20)
     interrupt(run, signal_number)
-    threading.Timer(0.3, go_on.set).start()
+    if moment is not calling:  # curl is waited for, the agent is ended
+        threading.Timer(0.3, go_on.set).start()
     output, errors = run.communicate(timeout=20)
     assert run.returncode == 128 + signal_number
     assert "ALL CHECKS PASSED" not in output
     assert errors == ""
     [client] = registered
     assert client not in tier01.clients()
-    wait_until(lambda: not group_members(run.pid), "the end of every process of the run")
+    wait_until(lambda: not group_members(run.pid), "the end of every process of the run", 5)
+    go_on.set()
     assert list((place / "tmp").iterdir()) == []
 
 
