@@ -38,6 +38,10 @@ CLIENT = {
 Result = subprocess.CompletedProcess[str]
 
 
+for variable in [name for name in os.environ if name.lower().endswith("_proxy")]:
+    del os.environ[variable]  # all that the tests call is on this machine
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give the tests that share a tier 01 to one worker, so that only one is started."""
@@ -49,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 SOMEBODYS = re.compile(
     r"(?i)(.*_proxy|python.*|make.*|mflags|py|uv|no_color|tier01.*|authplane_.*|authserver_.*"
-    r"|client_(id|secret)|resource_uri|(mcp|issuer|admin)_url|mcp_server_name)"
+    r"|client_(id|secret)|resource_uri|(network_)?(mcp|issuer|admin)_url|mcp_server_name|compose_.*)"
 )
 
 
