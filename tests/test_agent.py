@@ -20,6 +20,7 @@ from conftest import (
     Handler,
     Request,
     Result,
+    StartFake,
     Tier01,
     http,
     plain_environment,
@@ -37,8 +38,6 @@ NOTIFICATION = {"jsonrpc": "2.0", "method": "notifications/message", "params": {
 PING = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
 JSON = "application/json"
 SSE = "text/event-stream"
-
-type StartFake = Callable[[Handler], Fake]
 
 
 def test_is_let_in_by_tier01(agent_settings: dict[str, str]) -> None:

@@ -1,7 +1,6 @@
 """Agent and tier 01 in containers, on a real engine; the stand-in takes the real image's place."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from conftest import (
     Tier01,
     interrupt,
     make,
+    needs_engine,
     plain_environment,
     settings_for_free_ports,
     start_verify,
@@ -26,11 +26,7 @@ from conftest import (
     wait_until,
 )
 
-ENGINE = subprocess.run(["docker", "info"], capture_output=True).returncode == 0
-pytestmark = [
-    pytest.mark.xdist_group("docker"),
-    pytest.mark.skipif(not ENGINE and "CI" not in os.environ, reason="no Docker engine answers"),
-]
+pytestmark = [pytest.mark.xdist_group("docker"), needs_engine]
 NO_ENGINE = {"DOCKER_HOST": "unix:///nowhere"}
 NO_IMAGE = {"AUTHSERVER_IMAGE": "localhost:1/not-there:0"}
 

@@ -4,15 +4,14 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from conftest import (
     ROOT,
-    Fake,
-    Handler,
+    StartFake,
     Tier01,
     http,
     make,
@@ -119,7 +118,7 @@ def test_uses_and_leaves_a_tier01_of_somebody_else(prepared: Path, tier01: Tier0
 
 @pytest.mark.parametrize("taken", ["ISSUER_URL", "ADMIN_URL", "MCP_URL"])
 def test_names_a_port_that_is_taken(
-    fake: Callable[[Handler], Fake], prepared: Path, ports: dict[str, str], taken: str
+    fake: StartFake, prepared: Path, ports: dict[str, str], taken: str
 ) -> None:
     ports[taken] = fake(lambda _: http("404 Not Found")).url + "/mcp"[: 4 * (taken == "MCP_URL")]
     [port] = re.findall(r":(\d+)", ports[taken])

@@ -15,15 +15,16 @@ import pytest
 
 from conftest import (
     CLIENT,
+    ENGINE,
     KEY,
     RESOURCE,
     ROOT,
-    Fake,
-    Handler,
     Result,
+    StartFake,
     Tier01,
     http,
     make,
+    needs_engine,
     plain_environment,
     run_agent,
     running_tier01,
@@ -37,12 +38,6 @@ with warnings.catch_warnings(record=True):  # the SDK imports authlib.jose, whic
 
 pytestmark = pytest.mark.xdist_group("readme")
 README = (ROOT / "README.md").read_text()
-ENGINE = subprocess.run(["docker", "info"], capture_output=True).returncode == 0
-NEEDS_ENGINE = pytest.mark.skipif(
-    not ENGINE and "CI" not in os.environ, reason="no Docker engine answers"
-)
-
-type StartFake = Callable[[Handler], Fake]
 
 
 def rows(heading: str) -> list[list[str]]:
@@ -309,7 +304,7 @@ def test_verify_says_it(own_tier01: Tier01, prepared: Path, beginning: str) -> N
     assert re.search(pattern(message(beginning)), errors), errors
 
 
-@NEEDS_ENGINE
+@needs_engine
 @pytest.mark.parametrize("beginning", IN_CONTAINERS)
 def test_verify_in_containers_says_it(own_tier01: Tier01, prepared: Path, beginning: str) -> None:
     errors = verify_errors(prepared, own_tier01.settings | IN_CONTAINERS[beginning])

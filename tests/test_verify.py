@@ -18,10 +18,10 @@ from conftest import (
     KEY,
     RESOURCE,
     Answer,
-    Fake,
     Handler,
     Request,
     Result,
+    StartFake,
     Tier01,
     http,
     interrupt,
@@ -30,7 +30,6 @@ from conftest import (
     wait_until,
 )
 
-type StartFake = Callable[[Handler], Fake]
 type Change = Callable[[Request, Handler], Answer]
 
 PROOFS = """\
