@@ -16,11 +16,13 @@ if [ -t 1 ] && [ -z "${NO_COLOR-}" ]; then green=$'\e[32m' red=$'\e[31m' plain=$
 
 # prove WHAT EXPECTED CAME HELP: prints a line; ends the run unless CAME matches EXPECTED, a regular expression.
 prove() {
+  local came
+  came=$(printable "${3/#000/no answer}")
   if [[ $3 =~ ^($2)$ ]]; then
-    printf '%s✓%s %-30s %s\n' "$green" "$plain" "$1" "$(printable "$3")"
+    printf '%s✓%s %-30s %s\n' "$green" "$plain" "$1" "$came"
   else
-    printf '%s✗%s %-30s %s\n' "$red" "$plain" "$1" "$(printable "$3")"
-    fail "$1: expected $2, got $3: $4"
+    printf '%s✗%s %-30s %s\n' "$red" "$plain" "$1" "$came"
+    fail "$1: expected $2, got $came: $4"
   fi
 }
 
@@ -64,7 +66,7 @@ clean_up() {
   [ -z "$container" ] || docker rm --force "$container" >/dev/null 2>&1 || :
   if [ -n "$client_id" ]; then
     delete_client
-    [ -z "$client_id" ] || echo "verify.sh: client $client_id stays: DELETE was answered $status: delete it by hand" >&2
+    [ -z "$client_id" ] || echo "verify.sh: client $client_id stays: DELETE was answered ${status/000/not at all}: delete it by hand" >&2
   fi
   rm -rf "$work"
   exit "$result"
@@ -98,7 +100,7 @@ printf '  agent %s: %s\n' "$place" "$(printable "$why")"
 initialize='{"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {"protocolVersion": "2025-11-25",
   "capabilities": {}, "clientInfo": {"name": "demo-agent", "version": "0.1.0"}}}'
 call_mcp
-prove "no token: refused" "401 Bearer resource_metadata" "$came" "is $MCP_URL a protected MCP server?"
+prove "no token: refused" "401 Bearer resource_metadata" "$came" "is there a protected MCP server at $MCP_URL?"
 
 admin GET "resources?slug=$slug"
 if [ "$status" = 404 ]; then

@@ -135,7 +135,7 @@ def test_names_a_port_that_is_taken(
 def test_says_that_half_of_a_tier01_is_not_enough(prepared: Path, tier01: Tier01) -> None:
     result = make(prepared, tier01.settings | {"MCP_URL": "http://localhost:1/mcp"}, "run")
     assert result.returncode == 2
-    assert "http://localhost:1/mcp answered 000 instead of 401" in result.stderr
+    assert "http://localhost:1/mcp answers nothing instead of 401" in result.stderr
 
 
 def test_does_without_a_too_old_python(checkout: Path, tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ start() {
     prepare .venv/ready
   fi
   ask POST "$MCP_URL" ''
-  [ "$status" = 401 ] || fail "tier 01 answers at $ISSUER_URL, but $MCP_URL answered $status instead of 401: set MCP_URL"
+  [ "$status" = 401 ] || fail "tier 01 answers at $ISSUER_URL, but $MCP_URL answers ${status/000/nothing} instead of 401: set MCP_URL, or begin anew with make clean"
   echo "tier 01: $ISSUER_URL and $MCP_URL, started by $whose"
   echo "agent: $place, since $(printable "$why")"
 }
