@@ -53,6 +53,7 @@ define install
 	done; \
 	packages=$$($$python -c 'import sys, tomllib; t = tomllib.load(open("pyproject.toml", "rb")); \
 	  print(*(t["dependency-groups"] | {"agent": t["project"]["dependencies"]})[sys.argv[1]])' $(2)); \
+	[ -e $(1)/ready ] || [ -e $(1)/tier01 ] || rm -rf $(1); \
 	if [ -n "$(UV)" ]; then \
 	  $(UV) venv --quiet --allow-existing --python $$python $(1); \
 	  $(UV) pip install --quiet --python $(1)/bin/python $$packages; \

@@ -61,7 +61,7 @@ delete_client() {
 # However the run ends, neither the agent nor the client outlives it.
 clean_up() {
   local result=$?
-  trap '' INT TERM
+  trap '' HUP INT TERM
   if [ -n "$agent" ]; then kill "$agent" && wait "$agent" || :; fi 2>/dev/null
   [ -z "$container" ] || docker rm --force "$container" >/dev/null 2>&1 || :
   if [ -n "$client_id" ]; then
@@ -73,6 +73,7 @@ clean_up() {
 }
 work=$(mktemp -d)
 trap clean_up EXIT
+trap 'exit 129' HUP
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
@@ -120,12 +121,14 @@ came="$status $(member --arg uri "$RESOURCE_URI" --arg scope "$scope" \
 prove "resource: registered" "20[01] $slug" "$came" "$help"
 
 caught='' # from here until its id is known, an interrupt would leave a client behind
+trap 'caught=129' HUP
 trap 'caught=130' INT
 trap 'caught=143' TERM
 unstoppable=yes admin POST clients '{"client_name": "demo-agent-client", "grant_types": ["client_credentials"],
   "token_endpoint_auth_method": "client_secret_basic", "scope": "'"$scope"'"}'
-credentials=$(trap '' INT TERM && member 'select(.client_id) | "\(.client_id):\(.client_secret)"')
+credentials=$(trap '' HUP INT TERM && member 'select((.client_id // "") | test("^[A-Za-z0-9._~-]+$")) | "\(.client_id):\(.client_secret)"')
 client_id=${credentials%%:*} client_secret=${credentials#*:}
+trap 'exit 129' HUP
 trap 'exit 130' INT
 trap 'exit 143' TERM
 [ -z "$caught" ] || exit "$caught"

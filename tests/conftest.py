@@ -361,8 +361,8 @@ def start_verify(place: Path, settings: dict[str, str]) -> subprocess.Popen[str]
 
 
 def interrupt(run: subprocess.Popen[str], signal_number: signal.Signals) -> None:
-    """Send SIGINT to the whole process group, as Ctrl-C does, another signal to the process."""
-    if signal_number == signal.SIGINT:
+    """Send SIGTERM to the process, what a terminal sends to the whole process group."""
+    if signal_number != signal.SIGTERM:
         os.killpg(run.pid, signal_number)
     else:
         run.send_signal(signal_number)

@@ -31,12 +31,14 @@ ask() {
   local answer method=$1 url=$2 sent=$3
   shift 3
   answer=$(
-    [ -z "${unstoppable-}" ] || trap '' INT TERM
-    printf '%s\n' "$sent" | curl --disable --silent --show-error --include --connect-timeout 3 --max-time 10 \
-      --write-out '\n%{http_code}' --request "$method" --header @- "$@" --globoff --proto =http,https --url "$url" 2>&1
+    [ -z "${unstoppable-}" ] || trap '' HUP INT TERM
+    printf '%s\n' "$sent" | curl --disable --silent --show-error --include --suppress-connect-headers \
+      --connect-timeout 3 --max-time 10 --write-out '\n%{http_code}' --request "$method" --header @- "$@" --globoff --proto =http,https --url "$url" 2>&1 |
+      head -c 65536 # what has no end must not fill the memory
   ) || : # the status tells
   answer=${answer//$'\r'/}
   status=${answer##*$'\n'}
+  [[ $status =~ ^[0-9]{3}$ ]] || status=000
   answer=${answer%$'\n'*}
   headers=${answer%%$'\n\n'*}
   body=${answer#*$'\n\n'}
@@ -78,6 +80,10 @@ setting AUTHPLANE_ADMIN_API_KEY dev-admin-key-change-me
 setting TIER01 ''
 setting TIER01_NETWORK 01-mcp-server-basic_default
 export TIER01_NETWORK # for docker-compose.yml
+ISSUER_URL=${ISSUER_URL%/} ADMIN_URL=${ADMIN_URL%/}
+for name in ISSUER_URL ADMIN_URL MCP_URL; do
+  [[ ${!name} =~ ^https?://[^/]+ ]] || fail "$name=${!name}: it must begin with http:// or https:// and a host"
+done
 case $TIER01 in '' | native | docker) ;; *) fail "TIER01=$TIER01: it can be native or docker" ;; esac
 METADATA_URL=$ISSUER_URL/.well-known/oauth-authorization-server
 export NO_PROXY="localhost,127.0.0.1,::1${NO_PROXY:+,$NO_PROXY}" no_proxy="localhost,127.0.0.1,::1${no_proxy:+,$no_proxy}"

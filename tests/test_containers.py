@@ -217,6 +217,21 @@ def test_make_names_a_port_that_is_taken(
     assert left(settings) == []
 
 
+def test_leaves_a_stopped_tier01_of_somebody_else(prepared: Path, settings: dict[str, str]) -> None:
+    """It does not answer, but it is theirs: neither started nor removed, nor is its data."""
+    file = ["compose", "-p", project(settings), "-f", "tests/tier01/docker-compose.yml"]
+    docker(*file, "create", "authserver", **settings)
+    before = left(settings)
+    try:
+        result = make(prepared, settings, "run")
+        assert result.returncode == 2
+        assert f"there is a tier 01 in project {project(settings)}" in result.stderr
+        assert make(prepared, settings, "clean").returncode == 0
+        assert left(settings) == before != []
+    finally:
+        docker(*file, "down", "--volumes", **settings)
+
+
 VERIFY_REFUSES = {
     "no engine": (NO_ENGINE, "the issuer http://authserver:9000 is out of reach here): start"),
     "no network": ({"TIER01_NETWORK": "not-there"}, "there is no Docker network not-there"),
@@ -353,23 +368,13 @@ def test_compose_file_of_the_agent() -> None:
     )
 
 
-def test_agent_never_gets_the_admin_key(prepared: Path, others: dict[str, str]) -> None:
-    (prepared / ".env").write_text(f"AUTHPLANE_ADMIN_API_KEY={KEY}\nMCP_SERVER_NAME=x\n")
+def test_agent_never_gets_the_authservers_secrets(prepared: Path, others: dict[str, str]) -> None:
+    names = ("MCP_SERVER_NAME", "AUTHPLANE_ADMIN_API_KEY", "AUTHPLANE_SESSION_SECRET")
+    (prepared / ".env").write_text("".join(f"{name}=x\n" for name in names))
     file = f"{prepared}/docker-compose.yml"
-    print_it = (
-        "import os; print(os.environ['MCP_SERVER_NAME'], os.environ['AUTHPLANE_ADMIN_API_KEY'])"
-    )
-    options = [
-        "run",
-        "--rm",
-        "--no-TTY",
-        "--entrypoint",
-        ".venv/bin/python",
-        "agent",
-        "-c",
-        print_it,
-    ]
-    assert docker("compose", "-f", file, *options, **others) == "x"
+    print_them = f"import os; print([os.environ[name] for name in {names}])"
+    options = ["--rm", "--no-TTY", "--entrypoint", ".venv/bin/python", "agent", "-c", print_them]
+    assert docker("compose", "-f", file, "run", *options, **others) == "['x', '', '']"
 
 
 def test_tier01_is_published_on_loopback_only() -> None:

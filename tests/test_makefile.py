@@ -40,6 +40,8 @@ def test_pip_prepares_what_uv_prepares(
 ) -> None:
     """The README's test runs all of `make verify` with uv; here pip makes the agent's part."""
     (checkout / ".venv").unlink()
+    (checkout / ".venv/bin").mkdir(parents=True)  # what an interrupted run has left
+    (checkout / ".venv/bin/pip").touch()
     result = make(prepared, ports, "verify", "UV=")
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith(f"tier 01: {ports['ISSUER_URL']} and {ports['MCP_URL']}")

@@ -3,12 +3,13 @@
 import base64
 import json
 import re
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -303,6 +304,22 @@ def test_does_nothing_that_a_hostile_issuer_says(
     assert result.stderr[:-1].isprintable()
 
 
+def test_endless_answer_does_not_fill_the_memory(
+    fake: StartFake, place: Path, tier01: Tier01
+) -> None:
+    def endless(_: Request) -> Iterator[bytes]:
+        yield b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n"
+        while True:
+            yield b" " * 65536
+
+    server = fake(endless)
+    run = start_verify(place, in_place(place, tier01.settings | {"ISSUER_URL": server.url}))
+    _, errors = run.communicate(timeout=30)
+    assert run.returncode == 1
+    assert "discovery: expected 200, got no answer" in errors
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 500_000
+
+
 def test_agent_gets_its_own_credentials_only(place: Path, tier01: Tier01) -> None:
     (place / ".venv").unlink()
     (place / ".venv/bin").mkdir(parents=True)
@@ -454,7 +471,7 @@ def calling(request: Request) -> bool:
     return "bearer" in request.headers.get("authorization", "").lower()
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signal_number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
     ("server", "moment"),
     [("ADMIN_URL", registering), ("ISSUER_URL", minting), ("MCP_URL", calling)],

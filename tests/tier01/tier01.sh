@@ -89,20 +89,23 @@ use_containers() {
 
 start_tier01() {
   stop
+  mkdir "$state" 2>/dev/null || fail "another make run is at work here: wait for it"
   trap '[ $? = 0 ] || stop' EXIT
+  trap 'exit 129' HUP
   trap 'exit 130' INT
   trap 'exit 143' TERM
   if use_containers; then
-    mkdir "$state"
+    [ -z "$(compose ps --all --quiet; docker volume ls --quiet --filter "name=^${TIER01_NETWORK%_default}_data$")" ] ||
+      fail "there is a tier 01 in project ${TIER01_NETWORK%_default} that does not answer: start or remove it, or set TIER01=native"
     echo "$TIER01_NETWORK" >"$state/network"
     compose up --detach --build >"$state/up.log" 2>&1 || fail "tier 01 did not come up: $(tail -n 1 "$state/up.log")"
   else
     prepare .venv/ready tests/.venv/tier01
-    mkdir "$state"
     export AUTHPLANE_SERVER_ISSUER=$ISSUER_URL AUTHPLANE_ISSUER=$ISSUER_URL AUTHPLANE_BASE_URL=$RESOURCE_BASE_URL
     export AUTHPLANE_SERVER_ADDRESS AUTHPLANE_ADMIN_ADDRESS PORT
     AUTHPLANE_SERVER_ADDRESS=:$(port "$ISSUER_URL") AUTHPLANE_ADMIN_ADDRESS=:$(port "$ADMIN_URL") PORT=$(port "$MCP_URL")
     launch authserver
+    export -n AUTHPLANE_ADMIN_API_KEY AUTHPLANE_SESSION_SECRET # not for the MCP server
     launch mcp-server
   fi
   await authserver 200 GET "$METADATA_URL"
