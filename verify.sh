@@ -117,7 +117,8 @@ case $status in
 esac
 # shellcheck disable=SC2016 # the variables are jq's
 came="$status $(member --arg uri "$RESOURCE_URI" --arg scope "$scope" \
-  'if .uri == $uri and any(.scopes[]; .name == $scope) then .slug else "\(.uri // "") \([.scopes[]?.name])" end')"
+  'if .uri == $uri and any(.scopes[]; .name == $scope) then .slug elif .uri then "\(.uri) \([.scopes[]?.name])" else empty end')"
+came=${came% } # an error has no uri
 prove "resource: registered" "20[01] $slug" "$came" "$help"
 
 caught='' # from here until its id is known, an interrupt would leave a client behind

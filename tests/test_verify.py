@@ -254,7 +254,7 @@ BROKEN: dict[str, tuple[str, Change, str]] = {
     "admin 401": (
         "ADMIN_URL",
         always("/", http("401 No", '{"error": "unauthorized"}')),
-        "AUTHPLANE_ADMIN_API_KEY",
+        "expected 20[01] demo-mcp, got 401: AUTHPLANE_ADMIN_API_KEY is not",
     ),
     "admin 500": ("ADMIN_URL", always("/", http("500 Oops")), "resource: registered"),
     "admin silent": ("ADMIN_URL", always("/", b""), "does not answer at ADMIN_URL"),
