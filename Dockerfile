@@ -3,11 +3,9 @@ ARG PYTHON_IMAGE=python:3.12-slim
 # Dependencies first and alone: a changed agent.py leaves this layer as it is.
 FROM ${PYTHON_IMAGE} AS dependencies
 WORKDIR /app
-COPY pyproject.toml ./
-RUN python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
-      > requirements.txt \
-    && python -m venv --without-pip .venv \
-    && pip --python .venv/bin/python install --no-cache-dir --quiet -r requirements.txt
+COPY tests/requirements/agent.txt ./
+RUN python -m venv --without-pip .venv \
+    && pip --python .venv/bin/python install --no-cache-dir --quiet -r agent.txt
 
 FROM ${PYTHON_IMAGE}
 WORKDIR /app

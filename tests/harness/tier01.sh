@@ -1,0 +1,162 @@
+#!/usr/bin/env bash
+# Tier 01 for a machine where none is running, and the agent's packages or image: tier01.sh start | logs | clean.
+set -euo pipefail
+umask 077
+cd "$(dirname "$0")/../.."
+# shellcheck source=tests/harness/functions.sh
+. tests/harness/functions.sh
+for name in AUTHSERVER_IMAGE AUTHPLANE_SESSION_SECRET PYTHON_IMAGE MCP_SERVER_NAME; do setting "$name"; done
+export AUTHSERVER_IMAGE AUTHPLANE_SESSION_SECRET PYTHON_IMAGE AUTHPLANE_ADMIN_API_KEY RESOURCE_URI MCP_SERVER_NAME
+project=${TIER01_NETWORK%_default} server='' # .tier01 has the log of what was started, and its pid or its project
+
+# port URL: prints its port.
+port() { [[ $1 =~ :([0-9]+)(/|$) ]] && printf '%s' "${BASH_REMATCH[1]}"; }
+
+# listening PORT: true if a program listens on that port of this host.
+listening() { (: <"/dev/tcp/localhost/$1") 2>/dev/null; }
+
+# compose ARGUMENT…: docker compose for tier 01, in the project that was started, else in that of TIER01_NETWORK.
+compose() {
+  [ ! -f .tier01/project ] || project=$(cat .tier01/project)
+  ISSUER_PORT=$(port "$ISSUER_URL") ADMIN_PORT=$(port "$ADMIN_URL") MCP_PORT=$(port "$MCP_URL") docker compose \
+    --ansi never --progress plain --project-name "$project" --env-file /dev/null --file tests/tier01/docker-compose.yml "$@"
+}
+
+# lock: waits until no other process starts or stops tier 01 in this folder. The lock is a link to our process id.
+lock() {
+  local holder='' said=''
+  until ln -s "$$" .tier01.lock 2>/dev/null; do
+    holder=$(readlink .tier01.lock) || continue
+    kill -0 "$holder" 2>/dev/null || rm -f .tier01.lock # its process was killed
+    [ -n "$said" ] || echo "waiting for process $holder, which starts or stops tier 01 in this folder"
+    said=yes
+    sleep 0.2
+  done
+  on_exit=unlock
+}
+unlock() {
+  [ "$result" = 0 ] || [ -z "$server" ] || stop
+  rm -f .tier01.lock
+}
+
+# use_containers: true if tier 01 is to run in containers; says why not if that is a surprise.
+use_containers() {
+  local quiet=--quiet
+  [ "$TIER01" != native ] || return
+  if ! docker_running; then
+    [ "$TIER01" != docker ] || fail "TIER01=docker, but no Docker Engine with Compose v2 is running: start one"
+    return 1
+  fi
+  docker image inspect "$AUTHSERVER_IMAGE" >/dev/null 2>&1 && return
+  echo "pulling $AUTHSERVER_IMAGE"
+  [ ! -t 1 ] || quiet=''
+  # shellcheck disable=SC2086 # it is an option or nothing
+  docker pull $quiet "$AUTHSERVER_IMAGE" 2>"$work/pull" && return
+  [ "$TIER01" != docker ] || fail "$AUTHSERVER_IMAGE can't be pulled: $(tail -n 1 "$work/pull")"
+  echo "$AUTHSERVER_IMAGE can't be pulled: starting the stand-in for tier 01 as a process instead"
+  return 1
+}
+
+# check_ports: ends the run if tier 01 can't be started at ISSUER_URL, ADMIN_URL and MCP_URL.
+check_ports() {
+  local name port free taken='' instead=''
+  for name in ISSUER_URL ADMIN_URL MCP_URL; do
+    [[ ${!name} =~ ^http://(localhost|127\.0\.0\.1):([0-9]+)(/.*)?$ ]] ||
+      fail "no authorization server at $ISSUER_URL, and one can be started here only if $name is http://localhost:PORT"
+    port=${BASH_REMATCH[2]} free=$((port < 50000 ? port + 10000 : port - 10000))
+    listening "$port" || continue
+    while listening "$free"; do free=$((free + 1)); done
+    taken+=" $port" instead+="$name=${!name/:$port/:$free} "
+  done
+  [ -z "$taken" ] || fail "another program is listening on port$taken; use another one: ${instead}make verify"
+  [ "${MCP_URL#*://*/}" = "${RESOURCE_URI#*://*/}" ] ||
+    fail "the MCP server that is started here has the path of RESOURCE_URI=$RESOURCE_URI: set MCP_URL to the same path"
+}
+
+# start_tier01: starts both servers, and waits until they respond.
+start_tier01() {
+  local deadline=$((SECONDS + 60))
+  stop
+  check_ports
+  if use_containers; then
+    [ -z "$(compose ps --all --quiet && docker volume ls --quiet --filter "name=^${project}_data$")" ] ||
+      fail "the tier 01 in project $project does not respond: start or remove it, or set TIER01=native"
+    echo "starting tier 01 in containers; the image of the MCP server is built first"
+    mkdir .tier01 && echo "$project" >.tier01/project && server=containers
+    compose up --detach --build >.tier01/log 2>&1 || fail "tier 01 did not start: $(tail -n 1 .tier01/log)"
+  else
+    "${MAKE:-make}" -s --no-print-directory .venv/ready tests/.venv/tier01
+    mkdir .tier01
+    set -m # out of reach of this terminal's Ctrl-C
+    AUTHPLANE_SERVER_ISSUER=$ISSUER_URL AUTHPLANE_ISSUER=$ISSUER_URL AUTHPLANE_DEV_MODE=true \
+      AUTHPLANE_SERVER_ADDRESS=:$(port "$ISSUER_URL") AUTHPLANE_ADMIN_ADDRESS=:$(port "$ADMIN_URL") \
+      MCP_ADDRESS=:$(port "$MCP_URL") nohup env -u PYTHONDONTWRITEBYTECODE tests/.venv/bin/python tests/tier01/serve.py \
+      >.tier01/log 2>&1 </dev/null &
+    server=$!
+    set +m
+    echo "$server" >.tier01/pid
+  fi
+  until request GET "$METADATA_URL" '' && [ "$status" = 200 ] && call_mcp && [ "$status" = 401 ]; do
+    if [ "$SECONDS" -ge "$deadline" ] || ! started; then
+      logs 5 >&2
+      fail "tier 01 did not start: its log ends above"
+    fi
+    sleep 0.1
+  done
+}
+
+# started: true unless what start_tier01 has started has ended.
+started() {
+  if [ "$server" = containers ]; then [ -z "$(compose ps --quiet --status exited)" ]; else kill -0 "$server" 2>/dev/null; fi
+}
+
+start() {
+  lock
+  request GET "$METADATA_URL" ''
+  [ "$status" = 200 ] || start_tier01
+  request GET "$METADATA_URL" ''
+  find_runtime
+  if [ "$runtime" = "on this host" ]; then
+    "${MAKE:-make}" -s --no-print-directory .venv/ready
+  else
+    find_agent_image
+    echo "building the agent's image"
+    docker compose --progress quiet --profile manual build --quiet || fail "the agent's image was not built: see above"
+  fi
+  call_mcp
+  [ "$status" = 401 ] || fail "there is an authorization server at $ISSUER_URL, but the response of $MCP_URL is ${status/000/missing} instead of 401: set MCP_URL, or run make clean first"
+  if [ -d .tier01 ]; then reason="started by make run"; else reason="already running"; fi
+  echo "tier 01: $ISSUER_URL and $MCP_URL, $reason"
+}
+
+# stop: ends what was started from this folder, and nothing else.
+stop() {
+  local pid
+  if [ -f .tier01/project ]; then
+    docker_running || fail "the containers of project $(cat .tier01/project) are still there: start Docker to remove them"
+    compose down --volumes >/dev/null 2>&1 || fail "the containers of project $project can't be removed: see docker compose ls"
+    remove_image "$(compose config --images mcp-server)"
+  fi
+  pid=$(cat .tier01/pid 2>/dev/null) || pid=none
+  rm -rf .tier01 # the process ends when its log is gone
+  for _ in {1..50}; do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
+}
+
+# logs [LINES]: prints the end of the logs of what was started from this folder.
+logs() {
+  [ -d .tier01 ] || fail "no logs: make run has started nothing from this folder"
+  if [ -f .tier01/pid ]; then tail -n "${1:-100}" .tier01/log; else compose logs --tail "${1:-100}"; fi
+}
+
+remove_image() { if docker image inspect "$1" >/dev/null 2>&1; then docker image rm "$1" >/dev/null; fi; }
+
+clean() {
+  lock
+  stop
+  if docker_running; then find_agent_image && remove_image "$agent_image"; fi
+}
+
+case ${1-} in
+  start | logs | clean) "$1" ;;
+  *) fail "usage: tier01.sh start | logs | clean" ;;
+esac
