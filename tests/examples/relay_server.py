@@ -1,7 +1,4 @@
-"""An MCP server whose tool calls another protected MCP server, as itself.
-
-It is protected too: without that, its tool would lend its own access to anybody.
-"""
+"""A protected MCP server whose tool calls another protected MCP server, as itself."""
 
 import asyncio
 import os
@@ -13,32 +10,29 @@ with warnings.catch_warnings(record=True):  # the SDK imports authlib.jose, whic
     from authplane import ASCredentials
     from authplane_fastmcp import authplane_auth
 
+    from resource_auth import ResourceAuth
+
 
 async def main() -> None:
     """Serve `/mcp` until SIGINT or SIGTERM."""
-    auth = await authplane_auth(
+    protection = await authplane_auth(
         issuer=os.environ["AUTHPLANE_ISSUER"],
         base_url=os.environ["AUTHPLANE_BASE_URL"],
         scopes=["mcp:relay"],
         as_credentials=ASCredentials(os.environ["CLIENT_ID"], os.environ["CLIENT_SECRET"]),
+        cache_ttl_buffer_seconds=float(os.environ.get("CACHE_TTL_BUFFER_SECONDS", "30")),
     )
-    server = FastMCP("relay-server", auth=auth.auth)
-    minting = (
-        asyncio.Lock()
-    )  # the cache of auth.client would let all that find it empty mint at once
+    server = FastMCP("relay-server", auth=protection.auth)
+    auth = ResourceAuth(protection.client, ["mcp:echo"], os.environ["RESOURCE_URI"])
 
     @server.tool
     async def relay(text: str) -> str:  # pyright: ignore[reportUnusedFunction]
-        """Return what the other server's echo tool makes of the text."""
-        async with minting:
-            token = await auth.client.client_credentials(
-                scopes=["mcp:echo"], resources=[os.environ["RESOURCE_URI"]]
-            )
-        async with Client(os.environ["MCP_URL"], auth=token.access_token) as other:
+        """Return the result of the other server's echo tool."""
+        async with Client(os.environ["MCP_URL"], auth=auth) as other:
             return (await other.call_tool("echo", {"text": text})).data
 
     await server.run_http_async(port=int(os.environ["PORT"]), show_banner=False)
-    await auth.aclose()
+    await protection.aclose()
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ Content-Type: application/json" ${3+--data "$3"}
 register_client() {
   status=$(trap '' HUP INT TERM && body=$work/client && admin POST clients "$1" && printf '%s' "$status")
   client_id=$(client_field client_id) client_secret=$(client_field client_secret)
+  [ -n "$client_id$client_secret" ] || status+=" without client_id and client_secret"
 }
 client_field() { jq -r ".$1 | strings | select(test(\"^[A-Za-z0-9._~-]+$\"))" "$work/client" 2>/dev/null || :; }
 
