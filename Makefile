@@ -1,9 +1,11 @@
 # GNU Make 3.81 and later. Settings: see .env.example; PY=python3.13 chooses the Python, UV= does without uv.
 SHELL := /bin/bash
 UV := $(shell command -v uv 2>/dev/null)
+LOCK = UV_CUSTOM_COMPILE_COMMAND='make lock' tests/.venv/bin/uv pip compile --quiet --universal --upgrade \
+  --generate-hashes --python-version 3.12 --output-file tests/requirements/
 export MAKE PY UV
 .DEFAULT_GOAL := help
-.PHONY: help run verify diff test lint lock logs clean
+.PHONY: help run verify diff test lint logs lock clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
@@ -29,9 +31,17 @@ lint: .venv/ready tests/.venv/lint ## Check style, types, shell, Dockerfiles and
 	@tests/.venv/bin/pyright
 	@tests/.venv/bin/hadolint Dockerfile tests/tier01/Dockerfile
 	@tests/.venv/bin/shellcheck -x verify.sh tests/harness/*.sh .ci/run
+	@tests/.venv/bin/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/ci.yml
+	@out=$$(tests/.venv/bin/zizmor --offline --quiet --strict-collection .github) || { echo "$$out"; exit 1; }
 
 logs: ## Show the logs of what `make run` has started
 	@tests/harness/tier01.sh logs
+
+lock: tests/.venv/test ## Pin the newest versions that pyproject.toml allows
+	@$(LOCK)agent.txt pyproject.toml --group platforms
+	@$(LOCK)tier01.txt --group tier01 -c tests/requirements/agent.txt
+	@$(LOCK)test.txt --group test -c tests/requirements/tier01.txt
+	@$(LOCK)lint.txt --group lint -c tests/requirements/tier01.txt -c tests/requirements/test.txt
 
 clean: ## Stop and remove what `make run` has started and made
 	@tests/harness/tier01.sh clean

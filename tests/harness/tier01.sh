@@ -145,7 +145,7 @@ stop() {
 # logs [LINES]: prints the end of the logs of what was started from this folder.
 logs() {
   [ -d .tier01 ] || fail "no logs: make run has started nothing from this folder"
-  if [ -f .tier01/pid ]; then tail -n "${1:-100}" .tier01/log; else compose logs --tail "${1:-100}"; fi
+  if [ -f .tier01/pid ]; then tail -n "${1:-100}" .tier01/log; else compose logs --tail "${1:-100}" | sed $'s/\e\\[2K//'; fi
 }
 
 remove_image() { if docker image inspect "$1" >/dev/null 2>&1; then docker image rm "$1" >/dev/null; fi; }

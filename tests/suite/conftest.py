@@ -1,6 +1,8 @@
 """Fixtures: machines to run programs on, a running tier 01, and fake servers."""
 
 import os
+import re
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from fakes import Fake, Handler
-from machine import Machine, status_of, wait_until
+from machine import ROOT, Machine, status_of, wait_until
+
+DEFAULTS = (ROOT / ".env.example").read_text()
+REAL_IMAGE = os.environ.get("AUTHSERVER_IMAGE") or re.findall(r"AUTHSERVER_IMAGE=(.*)", DEFAULTS)[0]
 
 type NewMachine = Callable[..., Machine]
 type StartFake = Callable[[Handler], Fake]
@@ -79,6 +84,35 @@ def agent_settings(tier01: Machine, credentials: tuple[str, str]) -> dict[str, s
         "MCP_URL": tier01.mcp_url,
         "AUTHPLANE_DEV_MODE": "true",
     }
+
+
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    """A machine with Docker; skips the test, but not in CI, where no engine is running."""
+    machine = Machine(tmp_path_factory.mktemp("engine"), *["docker"] * bool(shutil.which("docker")))
+    if not machine.tools or machine.run("docker", "info").returncode:
+        assert "CI" not in os.environ, "no Docker Engine is running"
+        pytest.skip("no Docker Engine is running")
+    return machine
+
+
+@pytest.fixture(scope="session")
+def stand_in(engine: Machine) -> Iterator[str]:
+    """The image of the stand-in, built under a name of its own."""
+    tag = f"{engine.name}-authserver"
+    engine.docker("build", "--quiet", "--file", "tests/tier01/Dockerfile", "--tag", tag, ".")
+    yield tag
+    engine.close()
+
+
+@pytest.fixture(scope="session", params=["stand-in", REAL_IMAGE])
+def authserver_image(request: pytest.FixtureRequest, engine: Machine) -> str:
+    """The image of the stand-in, and the authserver's if this engine has it already."""
+    if request.param == "stand-in":
+        return request.getfixturevalue("stand_in")
+    if engine.run("docker", "image", "inspect", REAL_IMAGE).returncode:
+        pytest.skip(f"{REAL_IMAGE} is not here: pull it, to compare the stand-in with it")
+    return REAL_IMAGE
 
 
 @pytest.fixture

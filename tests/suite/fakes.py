@@ -49,7 +49,9 @@ class Fake:
     def answer(self, connection: socket.socket) -> None:
         """Answer one request, then close; with None as the answer, keep the connection open."""
         with connection, connection.makefile("rb") as incoming:
-            method, path, _ = incoming.readline().decode().split(" ", 2)
+            if not (line := incoming.readline()):
+                return  # only looked whether something listens
+            method, path, _ = line.decode().split(" ", 2)
             headers: dict[str, str] = {}
             while line := incoming.readline().decode().strip():
                 name, _, value = line.partition(":")

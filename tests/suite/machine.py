@@ -12,8 +12,8 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,8 @@ class Machine:
         self.issuer, self.admin_url, mcp = (f"http://localhost:{port}" for port in self.ports)
         self.mcp_url = f"{mcp}/mcp"
         self.image = image or f"localhost:1/{self.name}:none"  # which can't be pulled, at once
+        self.network = f"{self.name}-tier01_default"
+        self.started: list[subprocess.Popen[str]] = []
         for name in ("bin", "tmp"):
             (self.folder / name).mkdir(parents=True)
         (self.folder / ".curlrc").touch()  # so that nobody's own is read
@@ -118,6 +120,8 @@ class Machine:
         if prepared:
             for name in (".venv", "tests/.venv"):
                 (self.clone / name).symlink_to(ROOT / name)
+            for requirements in self.clone.glob("tests/requirements/*.txt"):
+                os.utime(requirements, (0, 0))  # so that make never installs into those
 
     def copy_repository(self) -> None:
         """Copy what a clone has, uncommitted changes included, with the machine's own defaults."""
@@ -164,31 +168,43 @@ class Machine:
             "TMPDIR": str(self.folder / "tmp"),
             "CURL_HOME": str(self.folder),
         }
+        if not self.network.startswith(self.name):  # that of another machine
+            own["TIER01_NETWORK"] = self.network
         return kept | (docker if "docker" in self.tools else {}) | own | settings
 
-    def start(
-        self, *command: str | Path, log: Path | None = None, **settings: str
+    def popen(
+        self,
+        command: Sequence[str | Path],
+        settings: Mapping[str, str],
+        stdin: int = subprocess.DEVNULL,
+        log: Path | None = None,
     ) -> subprocess.Popen[str]:
         """Start a program in the clone, in a process group of its own, as a terminal does."""
-        return subprocess.Popen(
-            command,
-            cwd=self.clone,
-            env=self.environment(**settings),
-            stdin=subprocess.DEVNULL,
-            stdout=log.open("w") if log else subprocess.PIPE,
-            stderr=subprocess.STDOUT if log else subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        with log.open("w") if log else nullcontext() as output:
+            process = subprocess.Popen(
+                command,
+                cwd=self.clone,
+                env=self.environment(**settings),
+                stdin=stdin,
+                stdout=output or subprocess.PIPE,
+                stderr=subprocess.STDOUT if output else subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+        self.started.append(process)
+        return process
 
-    def run(self, *command: str | Path, timeout: float = 120, **settings: str) -> Result:
+    def start(self, *command: str | Path, **settings: str) -> subprocess.Popen[str]:
+        return self.popen(command, settings)
+
+    def run(self, *command: str | Path, **settings: str) -> Result:
         """Run a program in the clone; return its exit status and what it printed."""
         process = self.start(*command, **settings)
-        output, errors = process.communicate(timeout=timeout)
+        output, errors = process.communicate(timeout=300)
         return Result(list(command), process.returncode, output, errors)
 
     def make(self, *arguments: str, **settings: str) -> Result:
-        return self.run("make", *arguments, timeout=300, **settings)
+        return self.run("make", *arguments, **settings)
 
     def verify(self, **settings: str) -> Result:
         return self.run("./verify.sh", **settings)
@@ -206,8 +222,10 @@ class Machine:
             "AUTHPLANE_ADMIN_API_KEY": ADMIN_KEY,
             "AUTHPLANE_DEV_MODE": "true",
         }
-        program = [sys.executable, "tests/tier01/serve.py", *part]
-        return self.start(*program, log=self.log, **defaults | settings)
+        program = [self.python, "tests/tier01/serve.py", *part]
+        return self.popen(program, defaults | settings, log=self.log)
+
+    python = sys.executable  # of tests/.venv
 
     @property
     def log(self) -> Path:
@@ -287,6 +305,8 @@ class Machine:
             with suppress(psutil.Error):
                 process.kill()
         psutil.wait_procs(processes, timeout=5)
+        for process in self.started:
+            process.communicate()  # closes its pipes
         for command, names in self.docker_objects().items():
             for name in names:
                 self.docker(*command.split(), "--force", name)
