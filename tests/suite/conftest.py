@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fakes import Fake, Handler
-from machine import ROOT, Machine, status_of, wait_until
+from machine import ROOT, Machine, forbid_the_rest, status_of, wait_until
 
 DEFAULTS = (ROOT / ".env.example").read_text()
 REAL_IMAGE = os.environ.get("AUTHSERVER_IMAGE") or re.findall(r"AUTHSERVER_IMAGE=(.*)", DEFAULTS)[0]
@@ -19,11 +19,12 @@ type NewMachine = Callable[..., Machine]
 type StartFake = Callable[[Handler], Fake]
 
 
-def pytest_configure(config: pytest.Config) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def nothing_else() -> None:
+    """Tests start programs on machines only, and call only what is on this one."""
     for variable in [name for name in os.environ if name.lower().endswith("_proxy")]:
-        del os.environ[variable]  # all that the tests call is on this machine
-    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
-        pass  # forbid_the_rest()  # the process that starts the workers runs no test
+        del os.environ[variable]
+    forbid_the_rest()
 
 
 @pytest.fixture
@@ -105,14 +106,19 @@ def stand_in(engine: Machine) -> Iterator[str]:
     engine.close()
 
 
-@pytest.fixture(scope="session", params=["stand-in", REAL_IMAGE])
-def authserver_image(request: pytest.FixtureRequest, engine: Machine) -> str:
-    """The image of the stand-in, and the authserver's if this engine has it already."""
-    if request.param == "stand-in":
-        return request.getfixturevalue("stand_in")
+def need_image(request: pytest.FixtureRequest) -> str:
+    """Return the name of the authserver's image; skip the test unless this engine has it."""
+    engine: Machine = request.getfixturevalue("engine")
     if engine.run("docker", "image", "inspect", REAL_IMAGE).returncode:
         pytest.skip(f"{REAL_IMAGE} is not here: pull it, to compare the stand-in with it")
     return REAL_IMAGE
+
+
+@pytest.fixture(scope="session", params=["stand-in", REAL_IMAGE])
+def authserver_image(request: pytest.FixtureRequest) -> str:
+    """The image of the stand-in, and the authserver's if this engine has it."""
+    in_turn = request.getfixturevalue
+    return in_turn("stand_in") if request.param == "stand-in" else need_image(request)
 
 
 @pytest.fixture

@@ -141,7 +141,7 @@ def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Machine, s
             "PORT": str(port),
         }
         log = tier01.folder / "relay.log"
-        tier01.start(tier01.python, "tests/examples/relay_server.py", log=log, **settings)
+        tier01.popen([tier01.python, "tests/examples/relay_server.py"], settings, log=log)
         wait_until(lambda: status_of("POST", f"{base}/mcp") == 401, f"the relay server: {log}")
         caller = tier01.register_client("mcp:relay")
         yield tier01, f"{base}/mcp", tier01.token(caller, resource=f"{base}/mcp")

@@ -112,7 +112,7 @@ def token_error(error: str, description: str) -> Response:
     """Return an error of the token endpoint, RFC 6749 section 5.2."""
     body = {"error": error, "error_description": description}
     if error == "invalid_client":
-        return JSONResponse(body, 401, {"WWW-Authenticate": 'Basic realm="authserver"'})
+        return JSONResponse(body, 401, {"WWW-Authenticate": 'Basic realm="stand-in"'})
     return JSONResponse(body, 400)
 
 

@@ -60,7 +60,7 @@ async def serve_mcp_server(listener: socket.socket) -> None:
 
 async def end_without_log() -> None:
     """End the program when its log has been deleted: so `make clean` ends it, and needs no pid."""
-    while os.fstat(1).st_nlink or not stat.S_ISREG(os.fstat(1).st_mode):
+    while os.fstat(1).st_nlink or not stat.S_ISREG(os.fstat(1).st_mode):  # noqa: ASYNC110
         await asyncio.sleep(0.1)
     os._exit(0)
 
