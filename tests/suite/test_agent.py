@@ -52,21 +52,25 @@ class Fakes(NamedTuple):
     settings: dict[str, str]
 
 
-@pytest.fixture(scope="session")
-def call(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Call]:
-    """Call `agent.main` with these settings, in a process that is started once."""
-    machine = Machine(tmp_path_factory.mktemp("agent"))
+def start_runner(machine: Machine) -> Call:
+    """Return a function that calls `agent.main` with settings, in a process that starts here."""
     program = [AGENT_PYTHON, "tests/suite/agent_runner.py"]
     process = machine.popen(program, {"PYTHONPATH": "."}, stdin=subprocess.PIPE)
     stdin, stdout = process.stdin, process.stdout
     assert stdin and stdout
 
-    def run(settings: dict[str, str]) -> Outcome:
+    def call(settings: dict[str, str]) -> Outcome:
         print(json.dumps(machine.environment(**settings)), file=stdin, flush=True)
         assert select.select([stdout], [], [], 20)[0] or process.kill(), "no outcome after 20 s"
         return Outcome(*json.loads(stdout.readline()))
 
-    yield run
+    return call
+
+
+@pytest.fixture(scope="session")
+def call(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Call]:
+    machine = Machine(tmp_path_factory.mktemp("agent"))
+    yield start_runner(machine)
     machine.close()
 
 
@@ -141,68 +145,8 @@ def endless(head: bytes, part: bytes = b"", pause: float = 0) -> Handler:
     return answer
 
 
-def run(machine: Machine, settings: dict[str, str], program: str = "agent.py") -> Outcome:
-    """Run the program; its exit status must say whether there is a line on stderr."""
-    result = machine.run(AGENT_PYTHON, program, **settings)
-    assert result.returncode == bool(result.stderr)
-    return Outcome(result.stdout, result.stderr.removesuffix("\n") or None)
-
-
-def test_tier01_accepts_it(tier01: Machine, agent_settings: dict[str, str]) -> None:
-    """It calls another URL than the audience, and ends the session."""
-    mcp_url = tier01.mcp_url.replace("localhost", "127.0.0.1")
-    outcome = run(tier01, agent_settings | {"MCP_URL": mcp_url})
-    assert outcome.failure is None
-    reply, verdict = outcome.printed.splitlines()
-    assert (json.loads(reply)["result"]["serverInfo"]["name"], verdict) == ("demo-server", OK)
-    assert re.findall(r'"(\w+) /mcp \S+ 200', tier01.log.read_text())[-2:] == ["POST", "DELETE"]
-
-
-def test_a_failure_is_one_line_whatever_the_sdk_logs(machine: Machine, fakes: StartFakes) -> None:
-    assert_fails(run(machine, {}), "settings: MCP_URL, AUTHPLANE_ISSUER, …RESOURCE_URI not set")
-    settings = fakes(None, AS_FAILURES["invalid_client"][0]).settings
-    assert_fails(run(machine, settings), "access token from…(invalid_client)")
-
-
 def test_waits_10_seconds_for_a_token(call: Call, fakes: StartFakes) -> None:
     assert_fails(call(fakes(None, {"/token": None}).settings), "access token from…(ReadTimeout)")
-
-
-WAITS: dict[str, tuple[Reply, str]] = {
-    "no response": (None, "(ReadTimeout)"),
-    "a stream that stalls": (endless(sse(NOTIFICATION), pause=20), "(ReadTimeout)"),
-    "a stream that never ends": (endless(STREAM, b":\n\n", pause=0.2), "(TimeoutError)"),
-}
-
-
-@pytest.mark.parametrize(("reply", "kind"), WAITS.values(), ids=WAITS)
-def test_time_limits(machine: Machine, fakes: StartFakes, reply: Reply, kind: str) -> None:
-    """In a copy that waits for a second, and two seconds for all."""
-    agent = machine.clone / "agent.py"
-    text = agent.read_text().replace("timeout(30)", "timeout(2)").replace("timeout=10", "timeout=1")
-    assert text.count("timeout(2)") == text.count("timeout=1)") == 1
-    agent.write_text(text)
-    assert_fails(run(machine, fakes(reply, {}).settings), f"initialize at…{kind}")
-
-
-SLOW_SDK = """
-import pathlib, time
-from unittest.mock import AsyncMock, Mock as ASCredentials
-pathlib.Path("importing").touch()
-time.sleep(0.5)
-AuthplaneClient = AsyncMock()
-"""
-
-
-@pytest.mark.parametrize("sdk", ["", SLOW_SDK], ids=["in a request", "in the import of the SDK"])
-def test_ctrl_c_ends_it_quietly(machine: Machine, fakes: StartFakes, sdk: str) -> None:
-    started, importing = fakes(None, {}), machine.clone / "importing"
-    if sdk:
-        (machine.clone / "authplane.py").write_text(sdk)
-    process = machine.start(AGENT_PYTHON, "agent.py", **started.settings)
-    wait_until(lambda: started.mcp.requests or importing.exists(), "the request, or the import")
-    process.send_signal(signal.SIGINT)
-    assert (process.communicate(timeout=5), process.returncode) == (("", ""), 130)
 
 
 PRIMED = b": hi\n\nid: 0\ndata:\n\nretry: 5\n: data: hi\ndata:%b\n\n" % json.dumps(REPLY).encode()
@@ -232,6 +176,83 @@ def test_reads_every_form_of_reply(call: Call, fakes: StartFakes, reply: Reply) 
     assert json.loads(printed.splitlines()[0])["result"] == RESULT
 
 
+def run(machine: Machine, settings: dict[str, str], program: str = "agent.py") -> Outcome:
+    """Run the program; its exit status must say whether there is a line on stderr."""
+    result = machine.run(AGENT_PYTHON, program, **settings)
+    assert result.returncode == bool(result.stderr)
+    return Outcome(result.stdout, result.stderr.removesuffix("\n") or None)
+
+
+def test_tier01_accepts_it(tier01: Machine, agent_settings: dict[str, str]) -> None:
+    """It calls another URL than the audience, and ends the session."""
+    mcp_url = tier01.mcp_url.replace("localhost", "127.0.0.1")
+    outcome = run(tier01, agent_settings | {"MCP_URL": mcp_url})
+    assert outcome.failure is None
+    reply, verdict = outcome.printed.splitlines()
+    assert (json.loads(reply)["result"]["serverInfo"]["name"], verdict) == ("demo-server", OK)
+    assert re.findall(r'"(\w+) /mcp \S+ 200', tier01.log.read_text())[-2:] == ["POST", "DELETE"]
+
+
+AGENT, PLAIN = ((ROOT / name).read_text() for name in ("agent.py", "tests/examples/plain_agent.py"))
+BLOCK = AGENT.partition("# authplane:begin\n")[2].partition("# authplane:end")[0]
+OTHER_PROGRAM = """
+import asyncio, os, httpx, agent
+async def call(url, issuer, client_id, secret, resource):
+    headers = {"Accept": "application/json, text/event-stream"}
+%s
+    print(httpx.post(url, json=agent.INITIALIZE, headers=headers).status_code)
+asyncio.run(call(*map(os.environ.get, agent.REQUIRED)))
+"""
+
+
+def test_the_block_in_another_program(machine: Machine, agent_settings: dict[str, str]) -> None:
+    (machine.clone / "other.py").write_text(OTHER_PROGRAM % indent(dedent(BLOCK), "    "))
+    assert machine.run(AGENT_PYTHON, "other.py", **agent_settings).stdout == "200\n"
+
+
+def test_a_failure_is_one_line_whatever_the_sdk_logs(machine: Machine, fakes: StartFakes) -> None:
+    assert_fails(run(machine, {}), "settings: MCP_URL, AUTHPLANE_ISSUER, …RESOURCE_URI not set")
+    settings = fakes(None, AS_FAILURES["invalid_client"][0]).settings
+    assert_fails(run(machine, settings), "access token from…(invalid_client)")
+
+
+WAITS: dict[str, tuple[Reply, str]] = {
+    "no response": (None, "(ReadTimeout)"),
+    "a stream that stalls": (endless(sse(NOTIFICATION), pause=20), "(ReadTimeout)"),
+    "a stream that never ends": (endless(STREAM, b":\n\n", pause=0.2), "(TimeoutError)"),
+}
+
+
+@pytest.mark.parametrize(("reply", "kind"), WAITS.values(), ids=WAITS)
+def test_time_limits(machine: Machine, fakes: StartFakes, reply: Reply, kind: str) -> None:
+    """In a copy that waits for a second, and two seconds for all."""
+    agent = machine.clone / "agent.py"
+    text = agent.read_text().replace("timeout(30)", "timeout(2)").replace("timeout=10", "timeout=1")
+    assert text.count("timeout(2)") == text.count("timeout=1)") == 1
+    agent.write_text(text)
+    assert_fails(start_runner(machine)(fakes(reply, {}).settings), f"initialize at…{kind}")
+
+
+SLOW_SDK = """
+import pathlib, time
+from unittest.mock import AsyncMock, Mock as ASCredentials
+pathlib.Path("importing").touch()
+time.sleep(0.5)
+AuthplaneClient = AsyncMock()
+"""
+
+
+@pytest.mark.parametrize("sdk", ["", SLOW_SDK], ids=["in a request", "in the import of the SDK"])
+def test_ctrl_c_ends_it_quietly(machine: Machine, fakes: StartFakes, sdk: str) -> None:
+    started, importing = fakes(None, {}), machine.clone / "importing"
+    if sdk:
+        (machine.clone / "authplane.py").write_text(sdk)
+    process = machine.start(AGENT_PYTHON, "agent.py", **started.settings)
+    wait_until(lambda: started.mcp.requests or importing.exists(), "the request, or the import")
+    process.send_signal(signal.SIGINT)
+    assert (process.communicate(timeout=5), process.returncode) == (("", ""), 130)
+
+
 CHALLENGE = 'Bearer error="invalid_token", resource_metadata="http://r/meta"'
 REJECTED = http("401 Unauthorized", www_authenticate=CHALLENGE)
 NAMES = {"serverInfo": {"name": f"{HOSTILE}demo-server"}, "instructions": "demo-server"}
@@ -259,7 +280,7 @@ MCP_FAILURES: dict[str, tuple[Reply, str]] = {
     "long": (json_reply({"instructions": "long " * 9_999}), "long long"),
     "257 KiB": (json_reply({"padding": "x" * 257 * 1024, **REPLY}), SIZE),
     "an endless reply": (endless(LENGTHY, b"x" * 65536), SIZE),
-    "an endless stream": (endless(STREAM, b": keep-alive\n\n"), SIZE),
+    "an endless stream": (endless(STREAM, b": hi\n\n" * 4_096), SIZE),
     "a megabyte of LF": (STREAM + b"\n" * MIB, SIZE),
     "a megabyte of CRLF": (STREAM + b"\r\n" * (MIB // 2), SIZE),
     "262,144 chunks": (chunked(*[b"x"] * 262_144), SIZE),
@@ -350,23 +371,6 @@ def test_what_it_sends(call: Call, fakes: StartFakes) -> None:
     params = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": client}
     body = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": params}
     assert json.loads(post.body) == body
-
-
-AGENT, PLAIN = ((ROOT / name).read_text() for name in ("agent.py", "tests/examples/plain_agent.py"))
-BLOCK = AGENT.partition("# authplane:begin\n")[2].partition("# authplane:end")[0]
-OTHER_PROGRAM = """
-import asyncio, os, httpx, agent
-async def call(url, issuer, client_id, secret, resource):
-    headers = {"Accept": "application/json, text/event-stream"}
-%s
-    print(httpx.post(url, json=agent.INITIALIZE, headers=headers).status_code)
-asyncio.run(call(*map(os.environ.get, agent.REQUIRED)))
-"""
-
-
-def test_the_block_in_another_program(machine: Machine, agent_settings: dict[str, str]) -> None:
-    (machine.clone / "other.py").write_text(OTHER_PROGRAM % indent(dedent(BLOCK), "    "))
-    assert machine.run(AGENT_PYTHON, "other.py", **agent_settings).stdout == "200\n"
 
 
 def test_the_agent_without_authentication(machine: Machine, fakes: StartFakes) -> None:

@@ -16,7 +16,7 @@ from machine import ADMIN_KEY, Machine, status_of, wait_until
 
 METADATA = "/.well-known/oauth-authorization-server"
 KEYS = "/.well-known/jwks.json"
-URI = f"http://localhost:8080/{uuid.uuid4()}"
+URI = "http://localhost:8080/contract"
 
 type Credentials = tuple[str, str]
 
