@@ -38,8 +38,8 @@ async def main() -> str | None:
     try:
         if unset := [name for name in REQUIRED if not environ.get(name)]:
             raise ValueError(f"{', '.join(unset)} not set")
-        url, issuer, client_id, secret, resource = (environ[name] for name in REQUIRED)
         async with asyncio.timeout(30), httpx.AsyncClient(timeout=10) as http:
+            url, issuer, client_id, secret, resource = (environ[name] for name in REQUIRED)
             # authplane:begin
             from authplane import ASCredentials, AuthplaneClient
 

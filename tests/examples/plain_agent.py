@@ -38,8 +38,8 @@ async def main() -> str | None:
     try:
         if unset := [name for name in REQUIRED if not environ.get(name)]:
             raise ValueError(f"{', '.join(unset)} not set")
-        url = environ["MCP_URL"]
         async with asyncio.timeout(30), httpx.AsyncClient(timeout=10) as http:
+            url = environ["MCP_URL"]
             step, server = f"initialize at {url}", environ.get("MCP_SERVER_NAME") or "demo-server"
             async with http.stream("POST", url, json=INITIALIZE, headers=headers) as response:
                 reply = await read_response(response)

@@ -1,5 +1,3 @@
-"""Requests with an access token for one resource, for a server that calls it again and again."""
-
 import asyncio
 from collections.abc import AsyncGenerator
 
@@ -8,7 +6,7 @@ from httpx import Auth, Request
 
 
 class ResourceAuth(Auth):
-    """Sends each request of an httpx.AsyncClient with a valid token (RFC 6750, RFC 8707).
+    """Sends each request of an httpx.AsyncClient with a valid token for one resource (RFC 8707).
 
     Raises authplane.AuthplaneError if the authorization server issues none.
     """

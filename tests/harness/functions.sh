@@ -41,10 +41,10 @@ request() {
   : >"$headers" >"$body"
   status=$({
     ulimit -f 128
-    printf '%s\n' "$sent" | curl --disable --silent --connect-timeout 3 --max-time 10 --suppress-connect-headers \
+    printf '%s\n' "$sent" | curl --disable --silent --show-error --connect-timeout 3 --max-time 10 --suppress-connect-headers \
       --dump-header "$headers" --output "$body" --write-out '%{http_code}' --request "$method" --header @- "$@" \
       --globoff --proto =http,https --url "$url"
-  } 2>/dev/null) || status=000
+  } 2>"$work/error") || status=000
 }
 
 # json_field [JQ OPTION]… FILTER: prints what the filter finds in the last response, or nothing.
@@ -105,11 +105,11 @@ describe_resource() {
 
 # check NAME EXPECTED ACTUAL HELP: prints a line; ends the run unless ACTUAL matches EXPECTED, a regular expression.
 check() {
-  local actual mark="$green✓$plain"
-  actual=$(printable "${3/#000/no response}")
-  [[ $3 =~ ^($2)$ ]] || mark="$red✗$plain"
-  printf '%s %-30s %s\n' "$mark" "$1" "$actual"
-  [[ $3 =~ ^($2)$ ]] || fail "$1: expected $2, got $actual: $4"
+  local actual=$3 mark="$green✓$plain"
+  [[ $actual != 000* ]] || actual="no response ($(tail -n 1 "$work/error"))"
+  [[ $actual =~ ^($2)$ ]] || mark="$red✗$plain"
+  printf '%s %-30s %s\n' "$mark" "$1" "$(printable "$actual")"
+  [[ $actual =~ ^($2)$ ]] || fail "$1: expected $2, got $actual: $4"
 }
 
 # docker_running: true if a Docker Engine is running, with Compose v2.

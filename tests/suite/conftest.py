@@ -1,7 +1,6 @@
 """Fixtures: machines to run programs on, a running tier 01, and fake servers."""
 
 import os
-import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -10,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from fakes import Fake, Handler
-from machine import ROOT, Machine, forbid_the_rest, status_of, wait_until
+from machine import DEFAULT_IMAGE, Machine, forbid_the_rest, status_of, wait_until
 
-DEFAULTS = (ROOT / ".env.example").read_text()
-REAL_IMAGE = os.environ.get("AUTHSERVER_IMAGE") or re.findall(r"AUTHSERVER_IMAGE=(.*)", DEFAULTS)[0]
+REAL_IMAGE = os.environ.get("AUTHSERVER_IMAGE") or DEFAULT_IMAGE
 
 type NewMachine = Callable[..., Machine]
 type StartFake = Callable[[Handler], Fake]

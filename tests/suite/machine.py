@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ TOOLS = """
     awk base64 cat chmod cmp cp cut date diff dirname env find grep head ln ls mkdir mktemp mv nohup
     readlink rm sed sh sleep sort tail tee touch tr uname wc
 """.split()  # noqa: SIM905 - what README.md asks for, and what every Unix has
+DEFAULT_IMAGE = re.findall(r"AUTHSERVER_IMAGE=(.*)", (ROOT / ".env.example").read_text())[0]
 PASSED_ON = re.compile(
     r"(HOME|LANG|XDG_CACHE_HOME|XDG_CONFIG_HOME)|(PIP|UV|SSL_CERT|REQUESTS_CA)_.*"
 )
@@ -123,36 +125,33 @@ class Machine:
             for requirements in self.clone.glob("tests/requirements/*.txt"):
                 os.utime(requirements, (0, 0))  # so that make never installs into those
 
+    @cached_property
+    def own(self) -> dict[str, str]:
+        """What stands in the clone, by what stands in the repository."""
+        ports = dict(zip((9000, 9001, 8080), self.ports, strict=True))
+        urls = {f"localhost:{port}": f"localhost:{own}" for port, own in ports.items()}
+        addresses = {f'":{port}"': f'":{own}"' for port, own in ports.items()}
+        network = {"01-mcp-server-basic": self.network.removesuffix("_default")}
+        names = {"02-calling-another-resource": self.name, DEFAULT_IMAGE: self.image}
+        return urls | addresses | network | names
+
+    def rewrite(self, text: str) -> str:
+        """Return text of the repository as it stands in the clone."""
+        for default, own in self.own.items():
+            text = text.replace(default, own)
+        return text
+
     def copy_repository(self) -> None:
         """Copy what a clone has, uncommitted changes included, with the machine's own defaults."""
-        own = {
-            f"localhost:{port}": f"localhost:{self.ports[n]}"
-            for n, port in enumerate((9000, 9001, 8080))
-        }
-        own |= {f'":{port}"': f'":{self.ports[n]}"' for n, port in enumerate((9000, 9001, 8080))}
-        own |= {
-            "01-mcp-server-basic": f"{self.name}-tier01",
-            "02-calling-another-resource": self.name,
-        }
         listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-        listed = subprocess.run(
-            listing,
-            cwd=ROOT,
-            env=os.environ | {MARK: self.name},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        for name in listed.stdout.splitlines():
-            if (ROOT / name).is_file():
-                (self.clone / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, self.clone / name)
-                text = mine = (ROOT / name).read_text()
-                for default, other in own.items():
-                    mine = mine.replace(default, other)
-                mine = re.sub(r"authplane/authserver:[\w.-]+", self.image, mine)
-                if mine != text:
-                    (self.clone / name).write_text(mine)
+        marked = os.environ | {MARK: self.name}
+        listed = subprocess.run(listing, cwd=ROOT, env=marked, capture_output=True, text=True)
+        for name in filter(lambda name: (ROOT / name).is_file(), listed.stdout.splitlines()):
+            (self.clone / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, self.clone / name)
+            text = (ROOT / name).read_text()
+            if (rewritten := self.rewrite(text)) != text:
+                (self.clone / name).write_text(rewritten)
 
     def environment(self, **settings: str) -> dict[str, str]:
         """Return the environment of a program: these settings, and none of the user's."""

@@ -24,7 +24,7 @@ type StartFakes = Callable[[Reply, Changes], Fakes]
 type Reply = Answer | Handler
 type Changes = dict[str, Answer | dict[str, str]]  # path: a response, or fields of its JSON object
 
-OK, TOKEN = "authenticated MCP initialize OK", "the-access-token"
+OK, TOKEN, RUNNER = "authenticated MCP initialize OK", "a-token", "tests/suite/agent_runner.py"
 HOSTILE = "\x1b[2J\x9b\u202e"  # escape, C1, right-to-left override
 RESULT = {"serverInfo": {"name": "demo-server"}, "instructions": HOSTILE}
 REPLY = {"jsonrpc": "2.0", "id": 1, "result": RESULT}
@@ -54,8 +54,7 @@ class Fakes(NamedTuple):
 
 def start_runner(machine: Machine) -> Call:
     """Return a function that calls `agent.main` with settings, in a process that starts here."""
-    program = [AGENT_PYTHON, "tests/suite/agent_runner.py"]
-    process = machine.popen(program, {"PYTHONPATH": "."}, stdin=subprocess.PIPE)
+    process = machine.popen([AGENT_PYTHON, RUNNER], {"PYTHONPATH": "."}, stdin=subprocess.PIPE)
     stdin, stdout = process.stdin, process.stdout
     assert stdin and stdout
 
@@ -177,16 +176,14 @@ def test_reads_every_form_of_reply(call: Call, fakes: StartFakes, reply: Reply) 
 
 
 def run(machine: Machine, settings: dict[str, str], program: str = "agent.py") -> Outcome:
-    """Run the program; its exit status must say whether there is a line on stderr."""
     result = machine.run(AGENT_PYTHON, program, **settings)
-    assert result.returncode == bool(result.stderr)
+    assert result.returncode == bool(result.stderr)  # 1 with the line of a failure, otherwise 0
     return Outcome(result.stdout, result.stderr.removesuffix("\n") or None)
 
 
 def test_tier01_accepts_it(tier01: Machine, agent_settings: dict[str, str]) -> None:
-    """It calls another URL than the audience, and ends the session."""
-    mcp_url = tier01.mcp_url.replace("localhost", "127.0.0.1")
-    outcome = run(tier01, agent_settings | {"MCP_URL": mcp_url})
+    other_url = tier01.mcp_url.replace("localhost", "127.0.0.1")  # than the audience
+    outcome = run(tier01, agent_settings | {"MCP_URL": other_url})
     assert outcome.failure is None
     reply, verdict = outcome.printed.splitlines()
     assert (json.loads(reply)["result"]["serverInfo"]["name"], verdict) == ("demo-server", OK)
@@ -224,21 +221,18 @@ WAITS: dict[str, tuple[Reply, str]] = {
 
 
 @pytest.mark.parametrize(("reply", "kind"), WAITS.values(), ids=WAITS)
-def test_time_limits(machine: Machine, fakes: StartFakes, reply: Reply, kind: str) -> None:
-    """In a copy that waits for a second, and two seconds for all."""
+def test_short_time_limits(machine: Machine, fakes: StartFakes, reply: Reply, kind: str) -> None:
     agent = machine.clone / "agent.py"
     text = agent.read_text().replace("timeout(30)", "timeout(2)").replace("timeout=10", "timeout=1")
-    assert text.count("timeout(2)") == text.count("timeout=1)") == 1
     agent.write_text(text)
     assert_fails(start_runner(machine)(fakes(reply, {}).settings), f"initialize at…{kind}")
 
 
 SLOW_SDK = """
-import pathlib, time
-from unittest.mock import AsyncMock, Mock as ASCredentials
+import pathlib, time, unittest.mock
 pathlib.Path("importing").touch()
 time.sleep(0.5)
-AuthplaneClient = AsyncMock()
+ASCredentials, AuthplaneClient = unittest.mock.Mock(), unittest.mock.AsyncMock()
 """
 
 
@@ -254,13 +248,12 @@ def test_ctrl_c_ends_it_quietly(machine: Machine, fakes: StartFakes, sdk: str) -
 
 
 CHALLENGE = 'Bearer error="invalid_token", resource_metadata="http://r/meta"'
-REJECTED = http("401 Unauthorized", www_authenticate=CHALLENGE)
 NAMES = {"serverInfo": {"name": f"{HOSTILE}demo-server"}, "instructions": "demo-server"}
 MIB, SIZE = 1024 * 1024, "the response exceeds 256 KiB (ValueError)"
 STATUSES = "202 Accepted|403 Forbidden|406 Not Acceptable|421 Misdirected Request|503 Unavailable"
 MCP_FAILURES: dict[str, tuple[Reply, str]] = {
     **{status: (http(status, json.dumps(REPLY)), status) for status in STATUSES.split("|")},
-    "401": (REJECTED, f"401 Unauthorized {CHALLENGE}"),
+    "401": (http("401 Unauthorized", www_authenticate=CHALLENGE), f"401 Unauthorized {CHALLENGE}"),
     "307": (http("307 Temporary Redirect", location="/mcp2"), "307 Temporary Redirect /mcp2"),
     "500, endless": (endless(LENGTHY.replace(b"200 OK", b"500 Oops"), b"x"), "500 Oops"),
     "hostile": (http(f"401 No{HOSTILE}", location=f"one {HOSTILE}\r\n two"), "401 No…one…two"),
@@ -349,10 +342,9 @@ def test_settings(call: Call, fakes: StartFakes, change: dict[str, str], told: s
     assert_fails(call(fakes(None, {}).settings | change), told)
 
 
-def test_what_it_sends(call: Call, fakes: StartFakes) -> None:
-    """It requests a token, initializes, and ends the session, whose endless response isn't read."""
+def test_requests_a_token_initializes_and_ends_the_session(call: Call, fakes: StartFakes) -> None:
     reply = json_reply({"id": 1, "result": {"serverInfo": {"name": "other"}}}, mcp_session_id="s1")
-    forever = endless(LENGTHY, b"x" * 65536)
+    forever = endless(LENGTHY, b"x" * 65536)  # which isn't read
     started = fakes(lambda sent: reply if sent.method == "POST" else forever(sent), {})
     outcome = call(started.settings | {"MCP_SERVER_NAME": "other"})
     assert (outcome.failure, outcome.cpu_seconds < 1) == (None, True)
@@ -382,8 +374,7 @@ def test_the_agent_without_authentication(machine: Machine, fakes: StartFakes) -
 
 def test_it_is_small() -> None:
     for text, most in (AGENT, 58), (BLOCK, 8):
-        lines = [line.strip() for line in text.splitlines()]
-        assert len([line for line in lines if line and not line.startswith("#")]) <= most
+        assert len(re.findall(r"(?m)^ *[^ #\n]", text)) <= most
     diff = list(difflib.unified_diff(PLAIN.splitlines(), AGENT.splitlines(), n=1))[2:]
     assert len([line for line in diff if line.startswith("@@")]) <= 3
     assert len([line for line in diff if line[0] in "+-"]) <= 16
