@@ -54,9 +54,7 @@ clean: ## Stop and remove what `make run` has started and made
 
 .venv/ready: tests/requirements/agent.txt
 	@tests/harness/install.sh $@ $<
-tests/.venv/tier01: tests/requirements/tier01.txt
+tests/.venv/%: tests/requirements/%.txt
 	@tests/harness/install.sh $@ $<
-tests/.venv/test: tests/requirements/test.txt tests/.venv/tier01
-	@tests/harness/install.sh $@ $<
-tests/.venv/lint: tests/requirements/lint.txt tests/.venv/test
-	@tests/harness/install.sh $@ $<
+tests/.venv/test: tests/.venv/tier01
+tests/.venv/lint: tests/.venv/test

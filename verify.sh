@@ -8,22 +8,21 @@ cd "$(dirname "$0")"
 . tests/harness/functions.sh
 setting MCP_SERVER_NAME
 setting NETWORK_MCP_URL
-slug=demo-mcp scope=mcp:echo
-server_log="see the log of the authorization server"
+slug=demo-mcp scope=mcp:echo log="see the log of the authorization server"
 
 # The authorization server: where it is, and where the agent must run to reach it
 deadline=$((SECONDS + 10)) status=000
 until [ "$status" = 200 ] || [ "$SECONDS" -ge "$deadline" ]; do
-  request GET "$METADATA_URL" ''
+  request GET "$ISSUER_URL/.well-known/oauth-authorization-server" ''
   [ "$status" = 200 ] || sleep 0.2
 done
 check "discovery" 200 "$status" "no authorization server at $ISSUER_URL: make run starts one"
 find_runtime
 find_agent
-printf '  the agent runs %s: %s\n' "$runtime" "$(printable "$reason")"
+printf '  the agent runs %s: %s\n' "$runtime" "${reason//[![:print:]]/ }"
 
 # The MCP server rejects a request without a token
-call_mcp
+call_mcp ''
 check "no token: rejected" "401 Bearer resource_metadata" "$actual" "is there a protected MCP server at $MCP_URL?"
 
 # The resource: registered once, and compared if it is there already
@@ -33,13 +32,16 @@ if [ "$status" = 404 ]; then
     uri: $uri, backend_kind: "mint", display_name: "Demo MCP", scopes: [{name: $scope, description: "echo tool"}]}')"
   [ "$status" != 409 ] || admin GET "resources?slug=$slug" # another run was faster
 fi
-describe_resource
-check "resource: registered" "20[01] $slug" "$actual" "$help"
+# shellcheck disable=SC2016 # the variables are jq's
+actual="$status $(json_field --arg uri "$RESOURCE_URI" --arg scope "$scope" 'if .uri == $uri and
+  any(.scopes[]; .name == $scope) then .slug elif .uri then "\(.id): \(.uri) \([.scopes[]?.name])" else empty end')"
+check "resource: registered" "20[01] $slug" "${actual% }" "are AUTHPLANE_ADMIN_API_KEY and ADMIN_URL right?\
+ If uri or scope differ: PATCH $ADMIN_URL/admin/resources/ID, or set RESOURCE_URI"
 
 # The client: a new one for each run, since its secret is shown only once
 register_client '{"client_name": "demo-agent-client", "grant_types": ["client_credentials"],
   "token_endpoint_auth_method": "client_secret_basic", "scope": "'"$scope"'"}'
-check "client: registered" 201 "$status" "$server_log"
+check "client: registered" 201 "$status" "$log"
 
 # The agent
 run_agent
@@ -47,7 +49,7 @@ check "agent: accepted" "exit 0, authenticated MCP initialize OK" "$actual" "see
 
 # The authorization server issues a token only to this client, for its scope, for a registered resource
 request_token "$client_secret" "$scope" "$RESOURCE_URI"
-check "token: issued" 200 "$actual" "$server_log"
+check "token: issued" 200 "$actual" "$log"
 token=$(json_field .access_token)
 request_token not-the-secret "$scope" "$RESOURCE_URI"
 check "wrong secret: rejected" "401 invalid_client" "$actual" "the authorization server must check the secret"
@@ -60,7 +62,7 @@ check "unknown resource: rejected" "400 invalid_(target|scope)" "$actual" "the a
 call_mcp "${token%??????????}AAAAAAAAAA"
 check "tampered token: rejected" "401.*" "$actual" "the MCP server must verify the signature"
 request_token "$client_secret" "$scope"
-check "different audience: issued" 200 "$actual" "$server_log"
+check "different audience: issued" 200 "$actual" "$log"
 call_mcp "$(json_field .access_token)"
 check "different audience: rejected" "401.*" "$actual" "the MCP server must compare the audience with $RESOURCE_URI"
 

@@ -4,31 +4,21 @@
 
 # value_in FILE NAME [PREFIX]: prints what the file sets NAME to. The file is read, not executed.
 value_in() {
-  local value
-  [ -f "$1" ] || return 0
-  value=$(sed -nE "s/^$3[[:space:]]*(export[[:space:]]+)?$2[[:space:]]*=[[:space:]]*//p" "$1" | tail -n 1)
-  case $value in
-    \"*) value=${value#\"} value=${value%%\"*} ;;
-    \'*) value=${value#\'} value=${value%%\'*} ;;
-    *) value=${value%%[[:space:]]#*} value=${value%"${value##*[![:space:]]}"} ;;
-  esac
-  printf '%s' "$value"
+  [ ! -f "$1" ] || sed -nE "s/^${3-}[[:space:]]*(export[[:space:]]+)?$2[[:space:]]*=//p" "$1" | tail -n 1 |
+    sed -E -e "s/^[[:space:]]*(\"([^\"]*)\"|'([^']*)').*/\2\3/" -e t -e 's/[[:space:]]+(#.*)?$//' -e 's/^[[:space:]]+//'
 }
 
 # setting NAME: sets NAME to its value in the environment, else in .env, else to its default in .env.example.
 setting() {
   local value=${!1-}
-  [ -n "$value" ] || value=$(value_in .env "$1" '')
+  [ -n "$value" ] || value=$(value_in .env "$1")
   [ -n "$value" ] || value=$(value_in .env.example "$1" '(# )?')
   printf -v "$1" '%s' "$value"
 }
 
-# printable TEXT: prints it as one line without control characters, whoever wrote it.
-printable() { printf '%s' "${1//[![:print:]]/ }"; }
-
-# fail MESSAGE: prints one line on standard error; exit 1.
+# fail MESSAGE: prints one line without control characters, whoever wrote it, on standard error; exit 1.
 fail() {
-  printf '%s: %s\n' "${0##*/}" "$(printable "$1")" >&2
+  printf '%s: %s\n' "${0##*/}" "${1//[![:print:]]/ }" >&2
   exit 1
 }
 
@@ -38,12 +28,12 @@ fail() {
 request() {
   local method=$1 url=$2 sent=$3
   shift 3
-  : >"$headers" >"$body"
+  rm -f "$headers" "$body"
   status=$({
     ulimit -f 128
-    printf '%s\n' "$sent" | curl --disable --silent --show-error --connect-timeout 3 --max-time 10 --suppress-connect-headers \
-      --dump-header "$headers" --output "$body" --write-out '%{http_code}' --request "$method" --header @- "$@" \
-      --globoff --proto =http,https --url "$url"
+    printf '%s\n' "$sent" | curl --disable --silent --show-error --connect-timeout 3 --max-time 10 \
+      --suppress-connect-headers --dump-header "$headers" --output "$body" --write-out '%{http_code}' \
+      --request "$method" --header @- "$@" --globoff --proto =http,https --url "$url"
   } 2>"$work/error") || status=000
 }
 
@@ -57,7 +47,7 @@ Content-Type: application/json" ${3+--data "$3"}
 }
 
 # register_client JSON: sets status, client_id and client_secret. A signal can't come between the registration and the
-# record of it in $work/client, from which clean_up reads.
+# record of it in $work/client, which clean_up reads.
 register_client() {
   status=$(trap '' HUP INT TERM && body=$work/client && admin POST clients "$1" && printf '%s' "$status")
   client_id=$(client_field client_id) client_secret=$(client_field client_secret)
@@ -79,28 +69,15 @@ request_token() {
   [ "$status" = 200 ] || actual+=" $(json_field '.error // empty')"
 }
 
-# call_mcp [TOKEN]: POSTs what the agent POSTs; sets actual to the status, with the challenge in short.
+# call_mcp TOKEN: POSTs what the agent POSTs, without a token if it is empty; sets actual to the status, with the
+# challenge in short.
 call_mcp() {
   request POST "$MCP_URL" "Accept: application/json, text/event-stream
-Content-Type: application/json${1+
+Content-Type: application/json${1:+
 Authorization: Bearer $1}" --data '{"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {"protocolVersion":
     "2025-11-25", "capabilities": {}, "clientInfo": {"name": "demo-agent", "version": "0.1.0"}}}'
-  actual="$status$(grep -i '^www-authenticate:' "$headers" | grep -oE ' Bearer |invalid_token|resource_metadata' |
-    tr -d ' ' | awk '{ printf " %s", $0 }' || :)"
-}
-
-# describe_resource: sets actual to the status and the slug, or to what is different, and help to what to do about it.
-describe_resource() {
-  case $status in
-    000) help="the admin API does not respond at ADMIN_URL=$ADMIN_URL" ;;
-    401) help="AUTHPLANE_ADMIN_API_KEY is not the admin API key of $ADMIN_URL" ;;
-    20?) help="PATCH $ADMIN_URL/admin/resources/$(json_field .id) to $RESOURCE_URI with $scope, or set RESOURCE_URI" ;;
-    *) help=$server_log ;;
-  esac
-  # shellcheck disable=SC2016 # the variables are jq's
-  actual="$status $(json_field --arg uri "$RESOURCE_URI" --arg scope "$scope" 'if .uri == $uri and
-    any(.scopes[]; .name == $scope) then .slug elif .uri then "\(.uri) \([.scopes[]?.name])" else empty end')"
-  actual=${actual% } # an error has no uri
+  actual="$status$(sed -n 's/^[Ww][Ww][Ww]-[Aa]uthenticate://p' "$headers" 2>/dev/null |
+    grep -oE ' Bearer |invalid_token|resource_metadata' | tr -d ' ' | awk '{ printf " %s", $0 }' || :)"
 }
 
 # check NAME EXPECTED ACTUAL HELP: prints a line; ends the run unless ACTUAL matches EXPECTED, a regular expression.
@@ -108,7 +85,7 @@ check() {
   local actual=$3 mark="$green✓$plain"
   [[ $actual != 000* ]] || actual="no response ($(tail -n 1 "$work/error"))"
   [[ $actual =~ ^($2)$ ]] || mark="$red✗$plain"
-  printf '%s %-30s %s\n' "$mark" "$1" "$(printable "$actual")"
+  printf '%s %-30s %s\n' "$mark" "$1" "${actual//[![:print:]]/ }"
   [[ $actual =~ ^($2)$ ]] || fail "$1: expected $2, got $actual: $4"
 }
 
@@ -117,21 +94,19 @@ docker_running() { docker compose version >/dev/null 2>&1 && docker info >/dev/n
 
 # find_agent_image: sets agent_image to the name of the image that docker-compose.yml builds.
 find_agent_image() {
-  agent_image=$(docker compose --profile manual config --images 2>"$work/compose") ||
-    fail "docker compose can't parse .env or docker-compose.yml: $(tail -n 1 "$work/compose")"
+  agent_image=$(docker compose --profile manual config --images 2>"$work/error") ||
+    fail "docker compose can't parse .env or docker-compose.yml: $(tail -n 1 "$work/error")"
 }
 
-# find_runtime: sets runtime to where the agent runs, reason, and issuer; the last response must be the metadata.
+# find_runtime: sets issuer, runtime (where the agent runs) and reason; the last response must be the metadata.
 find_runtime() {
-  local host network="in network $TIER01_NETWORK"
-  issuer=$(json_field '.issuer | strings')
-  [ -n "$issuer" ] || fail "the metadata at $ISSUER_URL has no issuer: is it an authorization server?"
-  host=${issuer#*://} host=${host%%[:/]*} runtime="on this host"
-  case $TIER01,$host in
-    native,*) reason="TIER01=native" ;;
-    docker,*) runtime=$network reason="TIER01=docker" ;;
-    *,localhost | *,127.0.0.1) reason="the issuer is $issuer" ;;
-    *)
+  local network="in network $TIER01_NETWORK"
+  issuer=$(json_field '.issuer | strings') runtime="on this host" reason="TIER01=$TIER01"
+  case $TIER01,$issuer in
+    *,) fail "the metadata at $ISSUER_URL has no issuer: is it an authorization server?" ;;
+    docker,*) runtime=$network ;;
+    ,http*://localhost | ,http*://localhost[:/]* | ,http*://127.0.0.1[:/]*) reason="the issuer is $issuer" ;;
+    ,*)
       request GET "$issuer/.well-known/oauth-authorization-server" ''
       reason="the issuer $issuer is reachable from this host"
       [ "$status" = 200 ] || runtime=$network reason="the issuer $issuer is not reachable from this host"
@@ -146,19 +121,18 @@ find_agent() {
   run=(.venv/bin/python agent.py) agent_url=$MCP_URL
   if [ "$runtime" = "on this host" ]; then
     [ -x .venv/bin/python ] || fail "the agent has no .venv: make run prepares it"
-    return
+  else
+    docker network inspect "$TIER01_NETWORK" >/dev/null 2>&1 ||
+      fail "there is no Docker network $TIER01_NETWORK: start tier 01 in containers, or set TIER01_NETWORK"
+    find_agent_image
+    docker image inspect "$agent_image" >/dev/null 2>&1 || fail "the agent's image is missing: make run builds it"
+    agent_url=$NETWORK_MCP_URL container=02-agent-$$-$RANDOM
+    run=(docker compose run --rm --no-TTY --name "$container" -e AUTHPLANE_ISSUER -e CLIENT_ID -e CLIENT_SECRET
+      -e RESOURCE_URI -e MCP_URL -e MCP_SERVER_NAME -e AUTHPLANE_DEV_MODE agent)
   fi
-  agent_url=$NETWORK_MCP_URL container=02-agent-$$-$RANDOM
-  docker network inspect "$TIER01_NETWORK" >/dev/null 2>&1 ||
-    fail "there is no Docker network $TIER01_NETWORK: start tier 01 in containers, or set TIER01_NETWORK"
-  find_agent_image
-  docker image inspect "$agent_image" >/dev/null 2>&1 || fail "the agent's image is missing: make run builds it"
-  run=(docker compose run --rm --no-TTY --name "$container" -e AUTHPLANE_ISSUER -e CLIENT_ID -e CLIENT_SECRET
-    -e RESOURCE_URI -e MCP_URL -e MCP_SERVER_NAME -e AUTHPLANE_DEV_MODE agent)
 }
 
-# run_agent: sets actual to the exit status of the agent and the last line that it printed. Its settings are in its
-# environment, and nobody else's.
+# run_agent: sets actual to the exit status of the agent and the last line that it printed.
 run_agent() {
   local result=0
   AUTHPLANE_ISSUER=$issuer CLIENT_ID=$client_id CLIENT_SECRET=$client_secret RESOURCE_URI=$RESOURCE_URI \
@@ -169,14 +143,14 @@ run_agent() {
   agent='' actual="exit $result, $(tail -n 1 "$work/agent")"
 }
 
-# clean_up: ends what this run has started, and deletes its client, however the run ends; on_exit is tier01.sh's.
+# clean_up: ends what this run has started and deletes its client, however the run ends. on_exit is tier01.sh's.
 clean_up() {
   if [ -n "$agent" ]; then kill "$agent" && wait "$agent" || :; fi 2>/dev/null
   [ -z "$container" ] || docker rm --force "$container" >/dev/null 2>&1 || :
   client_id=$(client_field client_id)
-  [ -z "$client_id" ] || delete_client
-  [ ! -s "$work/client" ] || [ -z "$client_id" ] ||
+  if [ -n "$client_id" ] && delete_client && [ "$status" != 204 ]; then
     echo "${0##*/}: client $client_id was not deleted (${status/000/no response}): delete it manually" >&2
+  fi
   "$on_exit"
   rm -rf "$work"
 }
@@ -185,14 +159,13 @@ for tool in curl jq; do
   command -v "$tool" >/dev/null || fail "$tool is missing: install it, for example with apt-get or brew install $tool"
 done
 for name in ISSUER_URL ADMIN_URL MCP_URL RESOURCE_URI AUTHPLANE_ADMIN_API_KEY TIER01 TIER01_NETWORK; do setting "$name"; done
-AUTHPLANE_DEV_MODE=${AUTHPLANE_DEV_MODE:-$(value_in .env AUTHPLANE_DEV_MODE '')}
-export -n AUTHPLANE_ADMIN_API_KEY # for the authorization server and its admin API only
-export TIER01_NETWORK             # for docker-compose.yml
-ISSUER_URL=${ISSUER_URL%/} ADMIN_URL=${ADMIN_URL%/} METADATA_URL=${ISSUER_URL%/}/.well-known/oauth-authorization-server
 for name in ISSUER_URL ADMIN_URL MCP_URL; do
   [[ ${!name} =~ ^https?://[^/]+ ]] || fail "$name=${!name}: it must begin with http:// or https:// and a host"
 done
 case $TIER01 in '' | native | docker) ;; *) fail "TIER01=$TIER01: it can be native or docker" ;; esac
+ISSUER_URL=${ISSUER_URL%/} ADMIN_URL=${ADMIN_URL%/} AUTHPLANE_DEV_MODE=${AUTHPLANE_DEV_MODE:-$(value_in .env AUTHPLANE_DEV_MODE)}
+export -n AUTHPLANE_ADMIN_API_KEY # for the authorization server and its admin API only
+export TIER01_NETWORK             # for docker-compose.yml
 export NO_PROXY="localhost,127.0.0.1,::1${NO_PROXY:+,$NO_PROXY}" no_proxy="localhost,127.0.0.1,::1${no_proxy:+,$no_proxy}"
 
 work=$(mktemp -d) headers=$work/headers body=$work/body agent='' container='' on_exit=: green='' red='' plain=''

@@ -2,10 +2,7 @@
 # install.sh FOLDER/MARK REQUIREMENTS: installs pinned packages into the virtual environment FOLDER, with UV if there is
 # one, else with pip, and makes the file MARK. PY names the Python.
 set -euo pipefail
-fail() {
-  echo "make: $1" >&2
-  exit 1
-}
+fail() { echo "make: $1" >&2 && exit 1; }
 folder=${1%/*}
 for python in ${PY:-python3.14 python3.13 python3.12 python3} ''; do
   [ -n "$python" ] || fail "no Python 3.12 or newer: install one, or name it: make PY=…"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Tier 01 for a machine where none is running, and the agent's packages or image: tier01.sh start | logs | clean.
+# The folder .tier01 has the log of what was started, and its pid or its project.
 set -euo pipefail
 umask 077
 cd "$(dirname "$0")/../.."
@@ -7,83 +8,77 @@ cd "$(dirname "$0")/../.."
 . tests/harness/functions.sh
 for name in AUTHSERVER_IMAGE AUTHPLANE_SESSION_SECRET PYTHON_IMAGE MCP_SERVER_NAME; do setting "$name"; done
 export AUTHSERVER_IMAGE AUTHPLANE_SESSION_SECRET PYTHON_IMAGE AUTHPLANE_ADMIN_API_KEY RESOURCE_URI MCP_SERVER_NAME
-project=${TIER01_NETWORK%_default} server='' # .tier01 has the log of what was started, and its pid or its project
+project=${TIER01_NETWORK%_default} server='' metadata=$ISSUER_URL/.well-known/oauth-authorization-server
 
 # port URL: prints its port.
 port() { [[ $1 =~ :([0-9]+)(/|$) ]] && printf '%s' "${BASH_REMATCH[1]}"; }
-
-# listening PORT: true if a program listens on that port of this host.
-listening() { (: <"/dev/tcp/localhost/$1") 2>/dev/null; }
 
 # compose ARGUMENT…: docker compose for tier 01, in the project that was started, else in that of TIER01_NETWORK.
 compose() {
   [ ! -f .tier01/project ] || project=$(cat .tier01/project)
   ISSUER_PORT=$(port "$ISSUER_URL") ADMIN_PORT=$(port "$ADMIN_URL") MCP_PORT=$(port "$MCP_URL") docker compose \
-    --ansi never --progress plain --project-name "$project" --env-file /dev/null --file tests/tier01/docker-compose.yml "$@"
+    --ansi never --project-name "$project" --env-file /dev/null --file tests/tier01/docker-compose.yml "$@"
 }
 
 # lock: waits until no other process starts or stops tier 01 in this folder. The lock is a link to our process id.
 lock() {
-  local holder='' said=''
+  local holder=''
+  on_exit=unlock
   until ln -s "$$" .tier01.lock 2>/dev/null; do
-    holder=$(readlink .tier01.lock) || continue
-    kill -0 "$holder" 2>/dev/null || rm -f .tier01.lock # its process was killed
-    [ -n "$said" ] || echo "waiting for process $holder, which starts or stops tier 01 in this folder"
-    said=yes
+    [ -n "$holder" ] || echo "waiting for process $(readlink .tier01.lock), which starts or stops tier 01 in this folder"
+    holder=$(readlink .tier01.lock) || holder=none
+    kill -0 "$holder" 2>/dev/null || rm -f .tier01.lock # that process was killed
     sleep 0.2
   done
-  on_exit=unlock
 }
 unlock() {
-  [ "$result" = 0 ] || [ -z "$server" ] || stop
-  rm -f .tier01.lock
-}
-
-# use_containers: true if tier 01 is to run in containers; says why not if that is a surprise.
-use_containers() {
-  local quiet=--quiet
-  [ "$TIER01" != native ] || return
-  if ! docker_running; then
-    [ "$TIER01" != docker ] || fail "TIER01=docker, but no Docker Engine with Compose v2 is running: start one"
-    return 1
+  if [ "$(readlink .tier01.lock)" = "$$" ]; then
+    [ "$result" = 0 ] || [ -z "$server" ] || stop
+    rm -f .tier01.lock
   fi
-  docker image inspect "$AUTHSERVER_IMAGE" >/dev/null 2>&1 && return
-  echo "pulling $AUTHSERVER_IMAGE"
-  [ ! -t 1 ] || quiet=''
-  # shellcheck disable=SC2086 # it is an option or nothing
-  docker pull $quiet "$AUTHSERVER_IMAGE" 2>"$work/pull" && return
-  [ "$TIER01" != docker ] || fail "$AUTHSERVER_IMAGE can't be pulled: $(tail -n 1 "$work/pull")"
-  echo "$AUTHSERVER_IMAGE can't be pulled: starting the stand-in for tier 01 as a process instead"
-  return 1
 }
 
-# check_ports: ends the run if tier 01 can't be started at ISSUER_URL, ADMIN_URL and MCP_URL.
+# check_ports: ends the run unless tier 01 can be started at ISSUER_URL, ADMIN_URL and MCP_URL.
 check_ports() {
-  local name port free taken='' instead=''
+  local name port instead=''
   for name in ISSUER_URL ADMIN_URL MCP_URL; do
     [[ ${!name} =~ ^http://(localhost|127\.0\.0\.1):([0-9]+)(/.*)?$ ]] ||
       fail "no authorization server at $ISSUER_URL, and one can be started here only if $name is http://localhost:PORT"
-    port=${BASH_REMATCH[2]} free=$((port < 50000 ? port + 10000 : port - 10000))
-    listening "$port" || continue
-    while listening "$free"; do free=$((free + 1)); done
-    taken+=" $port" instead+="$name=${!name/:$port/:$free} "
+    port=${BASH_REMATCH[2]}
+    if (: <"/dev/tcp/localhost/$port") 2>/dev/null; then instead+="$name=${!name/:$port/:$((port % 50000 + 10000))} "; fi
   done
-  [ -z "$taken" ] || fail "another program is listening on port$taken; use another one: ${instead}make verify"
+  [ -z "$instead" ] || fail "another program is listening on that port; use another one: ${instead}make verify"
   [ "${MCP_URL#*://*/}" = "${RESOURCE_URI#*://*/}" ] ||
     fail "the MCP server that is started here has the path of RESOURCE_URI=$RESOURCE_URI: set MCP_URL to the same path"
 }
 
+# use_containers: true if tier 01 is to run in containers; prints why not if that is a surprise.
+use_containers() {
+  local quiet=--quiet why="no Docker Engine with Compose v2 is running"
+  [ "$TIER01" != native ] || return
+  if docker_running; then
+    ! docker image inspect "$AUTHSERVER_IMAGE" >/dev/null 2>&1 || return 0
+    echo "pulling $AUTHSERVER_IMAGE"
+    [ ! -t 1 ] || quiet=''
+    ! docker pull ${quiet:+"$quiet"} "$AUTHSERVER_IMAGE" 2>"$work/error" || return 0
+    why="$AUTHSERVER_IMAGE can't be pulled: $(tail -n 1 "$work/error")"
+    [ "$TIER01" = docker ] || echo "${why%%: *}: starting the stand-in for tier 01 as a process instead"
+  fi
+  [ "$TIER01" != docker ] || fail "TIER01=docker, but $why"
+  return 1
+}
+
 # start_tier01: starts both servers, and waits until they respond.
 start_tier01() {
-  local deadline=$((SECONDS + 60))
+  local deadline
   stop
   check_ports
   if use_containers; then
     [ -z "$(compose ps --all --quiet && docker volume ls --quiet --filter "name=^${project}_data$")" ] ||
       fail "the tier 01 in project $project does not respond: start or remove it, or set TIER01=native"
     echo "starting tier 01 in containers; the image of the MCP server is built first"
-    mkdir .tier01 && echo "$project" >.tier01/project && server=containers
-    compose up --detach --build >.tier01/log 2>&1 || fail "tier 01 did not start: $(tail -n 1 .tier01/log)"
+    mkdir .tier01 && server=containers && echo "$project" >.tier01/project
+    compose --progress plain up --detach --build >.tier01/log 2>&1 || fail "tier 01 did not start: $(tail -n 1 .tier01/log)"
   else
     "${MAKE:-make}" -s --no-print-directory .venv/ready tests/.venv/tier01
     mkdir .tier01
@@ -96,8 +91,9 @@ start_tier01() {
     set +m
     echo "$server" >.tier01/pid
   fi
-  until request GET "$METADATA_URL" '' && [ "$status" = 200 ] && call_mcp && [ "$status" = 401 ]; do
-    if [ "$SECONDS" -ge "$deadline" ] || ! started; then
+  deadline=$((SECONDS + 30))
+  until request GET "$metadata" '' && [ "$status" = 200 ] && call_mcp '' && [ "$status" = 401 ]; do
+    if [ "$SECONDS" -ge "$deadline" ] || { [ -f .tier01/pid ] && ! kill -0 "$server" 2>/dev/null; }; then
       logs 5 >&2
       fail "tier 01 did not start: its log ends above"
     fi
@@ -105,16 +101,11 @@ start_tier01() {
   done
 }
 
-# started: true unless what start_tier01 has started has ended.
-started() {
-  if [ "$server" = containers ]; then [ -z "$(compose ps --quiet --status exited)" ]; else kill -0 "$server" 2>/dev/null; fi
-}
-
 start() {
   lock
-  request GET "$METADATA_URL" ''
+  request GET "$metadata" ''
   [ "$status" = 200 ] || start_tier01
-  request GET "$METADATA_URL" ''
+  request GET "$metadata" ''
   find_runtime
   if [ "$runtime" = "on this host" ]; then
     "${MAKE:-make}" -s --no-print-directory .venv/ready
@@ -123,7 +114,7 @@ start() {
     echo "building the agent's image"
     docker compose --progress quiet --profile manual build --quiet || fail "the agent's image was not built: see above"
   fi
-  call_mcp
+  call_mcp ''
   [ "$status" = 401 ] || fail "there is an authorization server at $ISSUER_URL, but the response of $MCP_URL is ${status/000/missing} instead of 401: set MCP_URL, or run make clean first"
   if [ -d .tier01 ]; then reason="started by make run"; else reason="already running"; fi
   echo "tier 01: $ISSUER_URL and $MCP_URL, $reason"
@@ -131,18 +122,18 @@ start() {
 
 # stop: ends what was started from this folder, and nothing else.
 stop() {
-  local pid
+  local pid=none
   if [ -f .tier01/project ]; then
     docker_running || fail "the containers of project $(cat .tier01/project) are still there: start Docker to remove them"
     compose down --volumes >/dev/null 2>&1 || fail "the containers of project $project can't be removed: see docker compose ls"
     remove_image "$(compose config --images mcp-server)"
   fi
-  pid=$(cat .tier01/pid 2>/dev/null) || pid=none
+  [ ! -f .tier01/pid ] || pid=$(cat .tier01/pid)
   rm -rf .tier01 # the process ends when its log is gone
   for _ in {1..50}; do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
 }
 
-# logs [LINES]: prints the end of the logs of what was started from this folder.
+# logs [LINES]: prints the end of the logs of what was started from this folder; Compose 2.26 colours them in pipes too.
 logs() {
   [ -d .tier01 ] || fail "no logs: make run has started nothing from this folder"
   if [ -f .tier01/pid ]; then tail -n "${1:-100}" .tier01/log; else compose logs --tail "${1:-100}" | sed $'s/\e\\[2K//'; fi

@@ -54,14 +54,18 @@ def forbid_the_rest() -> None:
     sys.addaudithook(audit)
 
 
-def free_ports(count: int) -> list[int]:
-    """Return free ports of loopback, from below those that the system gives to others."""
-    ports: set[int] = set()
-    while len(ports) < count:
+def reserve_port() -> socket.socket:
+    """Return a UDP socket whose port number is free for TCP, and nobody else's while it is open.
+
+    It is below the ports that the system gives to others.
+    """
+    while True:
         port = random.randrange(10_000, 30_000)  # noqa: S311
+        reservation = socket.socket(type=socket.SOCK_DGRAM)
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            ports.add(port)
-    return list(ports)
+            reservation.bind(("127.0.0.1", port))
+            return reservation
+        reservation.close()
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = 20) -> None:
@@ -102,7 +106,8 @@ class Machine:
             folder / self.name / "clone",
             tools,
         )
-        self.ports = ports or free_ports(3)
+        self.reservations = [] if ports else [reserve_port() for _ in range(3)]
+        self.ports = ports or [each.getsockname()[1] for each in self.reservations]
         self.issuer, self.admin_url, mcp = (f"http://localhost:{port}" for port in self.ports)
         self.mcp_url = f"{mcp}/mcp"
         self.image = image or f"localhost:1/{self.name}:none"  # which can't be pulled, at once
@@ -304,6 +309,8 @@ class Machine:
             with suppress(psutil.Error):
                 process.kill()
         psutil.wait_procs(processes, timeout=5)
+        for reservation in self.reservations:
+            reservation.close()
         for process in self.started:
             process.communicate()  # closes its pipes
         for command, names in self.docker_objects().items():

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from fastmcp import Client
 
-from machine import Machine, free_ports, status_of, wait_until
+from machine import Machine, status_of, wait_until
 
 with warnings.catch_warnings(record=True):  # the SDK imports authlib.jose, which is deprecated
     from authplane import ASCredentials, AuthplaneClient, InvalidClientError
@@ -119,34 +119,32 @@ def test_401_reaches_the_caller(short_lived: Machine) -> None:
 
 
 @pytest.fixture(scope="module")
-def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Machine, str, str]]:
+def relay(
+    tier01: Machine, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Machine, str, str]]:
     """A tier 01, the URL of a relay server in front of it, and an access token for that."""
-    tier01 = Machine(tmp_path_factory.mktemp("relay"))
+    machine = Machine(tmp_path_factory.mktemp("relay"))
+    client_id, secret = tier01.register_client()
+    settings = {
+        "AUTHPLANE_ISSUER": tier01.issuer,
+        "AUTHPLANE_BASE_URL": machine.mcp_url.removesuffix("/mcp"),
+        "AUTHPLANE_DEV_MODE": "true",
+        "CLIENT_ID": client_id,
+        "CLIENT_SECRET": secret,
+        "RESOURCE_URI": tier01.mcp_url,
+        "MCP_URL": tier01.mcp_url,
+        "PORT": str(machine.ports[2]),
+    }
     try:
-        tier01.serve()
-        wait_until(lambda: status_of("POST", tier01.mcp_url) == 401, f"tier 01: {tier01.log}")
-        tier01.register_resource()
-        [port] = free_ports(1)
-        base = f"http://localhost:{port}"
-        tier01.register_resource("relay", f"{base}/mcp", "mcp:relay")
-        client_id, secret = tier01.register_client()
-        settings = {
-            "AUTHPLANE_ISSUER": tier01.issuer,
-            "AUTHPLANE_BASE_URL": base,
-            "AUTHPLANE_DEV_MODE": "true",
-            "CLIENT_ID": client_id,
-            "CLIENT_SECRET": secret,
-            "RESOURCE_URI": tier01.mcp_url,
-            "MCP_URL": tier01.mcp_url,
-            "PORT": str(port),
-        }
-        log = tier01.folder / "relay.log"
-        tier01.popen([tier01.python, "tests/examples/relay_server.py"], settings, log=log)
-        wait_until(lambda: status_of("POST", f"{base}/mcp") == 401, f"the relay server: {log}")
+        program = [machine.python, "tests/examples/relay_server.py"]
+        machine.popen(program, settings, log=machine.log)
+        wait_until(lambda: status_of("POST", machine.mcp_url) == 401, f"relay: {machine.log}")
+        tier01.register_resource("relay", machine.mcp_url, "mcp:relay")
         caller = tier01.register_client("mcp:relay")
-        yield tier01, f"{base}/mcp", tier01.token(caller, resource=f"{base}/mcp")
+        yield tier01, machine.mcp_url, tier01.token(caller, resource=machine.mcp_url)
     finally:
-        tier01.close()
+        machine.close()
+        tier01.delete_client(client_id)
 
 
 def test_calls_of_a_tool_cost_one_token_request(relay: tuple[Machine, str, str]) -> None:
