@@ -9,7 +9,7 @@ import pytest
 
 from conftest import NewMachine, StartFake
 from fakes import http
-from machine import ROOT, Machine, status_of, wait_until
+from machine import Machine, status_of, wait_until
 
 
 def running(machine: Machine) -> str:
@@ -31,7 +31,7 @@ def fails(machine: Machine, told: str, *arguments: str, **settings: str) -> str:
 def packages(machine: Machine) -> set[str]:
     """Return the packages in the agent's virtual environment."""
     code = "from importlib.metadata import *; print(*(each.name for each in distributions()))"
-    return set(machine.run(".venv/bin/python", "-c", code).stdout.replace("_", "-").split())
+    return set(machine.run(".venv/bin/python", "-c", code).stdout.lower().replace("_", "-").split())
 
 
 @pytest.mark.parametrize("tools", [[], ["uv"]], ids=["pip", "uv"])
@@ -39,12 +39,16 @@ def test_installs_the_pinned_packages(new_machine: NewMachine, tools: list[str])
     machine = new_machine(*tools, prepared=False)
     (machine.clone / ".venv/bin").mkdir(parents=True)  # left by an interrupted run
     (machine.clone / ".venv/bin/pip").touch()
+    requirements = machine.clone / "tests/requirements/agent.txt"
+    if not tools:  # pip is slow: two packages show that it is used as it should be
+        chosen = re.findall(r"(?ms)^(?:h11|idna)==.*?[^\\]$", requirements.read_text())
+        requirements.write_text("\n".join(chosen))
     result = machine.make(".venv/ready")
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == "installing tests/requirements/agent.txt into .venv\n"
-    pinned = re.findall(r"(?m)^([\w.-]+)==", (ROOT / "tests/requirements/agent.txt").read_text())
-    names = {name.lower() for name in packages(machine) - {"pip"}}
-    assert {"authplane-sdk", "httpx"} < names <= {name.lower() for name in pinned}
+    pinned = re.findall(r"(?m)^([\w.-]+)==", requirements.read_text())
+    installed = packages(machine) - {"pip"}
+    assert {"h11", "idna"} <= installed <= {name.lower() for name in pinned}
     assert machine.make("-q", ".venv/ready").returncode == 0
 
 

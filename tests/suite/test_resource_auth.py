@@ -62,15 +62,15 @@ async def calling(tier01: Machine, credentials: tuple[str, str], resource: str =
     await client.aclose()
 
 
-def test_concurrent_calls_cost_one_token_request(short_lived: Machine) -> None:
-    credentials, before = short_lived.register_client(), token_requests(short_lived)
+def test_concurrent_calls_cost_one_token_request(tier01: Machine) -> None:
+    credentials, before = tier01.register_client(), token_requests(tier01)
 
     async def run() -> list[int]:
-        async with calling(short_lived, credentials) as call:
+        async with calling(tier01, credentials) as call:
             return await asyncio.gather(*(call() for _ in range(CALLS)))
 
     assert set(asyncio.run(run())) == {200}
-    assert token_requests(short_lived) - before == 1
+    assert token_requests(tier01) - before == 1
 
 
 def test_calls_go_on_when_tokens_expire(short_lived: Machine) -> None:
