@@ -10,42 +10,38 @@ for name in AUTHSERVER_IMAGE AUTHPLANE_SESSION_SECRET PYTHON_IMAGE MCP_SERVER_NA
 export AUTHSERVER_IMAGE AUTHPLANE_SESSION_SECRET PYTHON_IMAGE AUTHPLANE_ADMIN_API_KEY RESOURCE_URI MCP_SERVER_NAME
 project=${TIER01_NETWORK%_default} server='' metadata=$ISSUER_URL/.well-known/oauth-authorization-server
 
-# port URL: prints its port.
-port() { [[ $1 =~ :([0-9]+)(/|$) ]] && printf '%s' "${BASH_REMATCH[1]}"; }
-
 # compose ARGUMENT…: docker compose for tier 01, in the project that was started, else in that of TIER01_NETWORK.
 compose() {
   [ ! -f .tier01/project ] || project=$(cat .tier01/project)
-  ISSUER_PORT=$(port "$ISSUER_URL") ADMIN_PORT=$(port "$ADMIN_URL") MCP_PORT=$(port "$MCP_URL") docker compose \
-    --ansi never --project-name "$project" --env-file /dev/null --file tests/tier01/docker-compose.yml "$@"
+  docker compose --ansi never --project-name "$project" --env-file /dev/null --file tests/tier01/docker-compose.yml "$@"
 }
 
 # lock: waits until no other process starts or stops tier 01 in this folder. The lock is a link to our process id.
 lock() {
   local holder=''
-  on_exit=unlock
   until ln -s "$$" .tier01.lock 2>/dev/null; do
     [ -n "$holder" ] || echo "waiting for process $(readlink .tier01.lock), which starts or stops tier 01 in this folder"
-    holder=$(readlink .tier01.lock) || holder=none
-    kill -0 "$holder" 2>/dev/null || rm -f .tier01.lock # that process was killed
+    holder=$(readlink .tier01.lock) || holder=gone
+    kill -0 "$holder" 2>/dev/null || rm -f .tier01.lock # its process was killed
     sleep 0.2
   done
+  on_exit=unlock
 }
 unlock() {
-  if [ "$(readlink .tier01.lock)" = "$$" ]; then
-    [ "$result" = 0 ] || [ -z "$server" ] || stop
-    rm -f .tier01.lock
-  fi
+  [ "$result" = 0 ] || [ -z "$server" ] || stop
+  rm -f .tier01.lock
 }
 
-# check_ports: ends the run unless tier 01 can be started at ISSUER_URL, ADMIN_URL and MCP_URL.
-check_ports() {
+# find_ports: exports ISSUER_PORT, ADMIN_PORT and MCP_PORT; ends the run unless tier 01 can be started there.
+find_ports() {
   local name port instead=''
-  for name in ISSUER_URL ADMIN_URL MCP_URL; do
-    [[ ${!name} =~ ^http://(localhost|127\.0\.0\.1):([0-9]+)(/.*)?$ ]] ||
-      fail "no authorization server at $ISSUER_URL, and one can be started here only if $name is http://localhost:PORT"
+  for name in ISSUER ADMIN MCP; do
+    url=${name}_URL
+    [[ ${!url} =~ ^http://(localhost|127\.0\.0\.1):([0-9]+)(/.*)?$ ]] ||
+      fail "no authorization server at $ISSUER_URL, and one can be started here only if $url is http://localhost:PORT"
     port=${BASH_REMATCH[2]}
-    if (: <"/dev/tcp/localhost/$port") 2>/dev/null; then instead+="$name=${!name/:$port/:$((port % 50000 + 10000))} "; fi
+    export "${name}_PORT=$port"
+    if (: <"/dev/tcp/localhost/$port") 2>/dev/null; then instead+="$url=${!url/:$port/:$((port % 50000 + 10000))} "; fi
   done
   [ -z "$instead" ] || fail "another program is listening on that port; use another one: ${instead}make verify"
   [ "${MCP_URL#*://*/}" = "${RESOURCE_URI#*://*/}" ] ||
@@ -54,25 +50,25 @@ check_ports() {
 
 # use_containers: true if tier 01 is to run in containers; prints why not if that is a surprise.
 use_containers() {
-  local quiet=--quiet why="no Docker Engine with Compose v2 is running"
+  local why=''
   [ "$TIER01" != native ] || return
-  if docker_running; then
-    ! docker image inspect "$AUTHSERVER_IMAGE" >/dev/null 2>&1 || return 0
+  if ! docker_running; then
+    why="no Docker Engine with Compose v2 is running"
+  elif ! docker image inspect "$AUTHSERVER_IMAGE" >/dev/null 2>&1; then
     echo "pulling $AUTHSERVER_IMAGE"
-    [ ! -t 1 ] || quiet=''
-    ! docker pull ${quiet:+"$quiet"} "$AUTHSERVER_IMAGE" 2>"$work/error" || return 0
-    why="$AUTHSERVER_IMAGE can't be pulled: $(tail -n 1 "$work/error")"
-    [ "$TIER01" = docker ] || echo "${why%%: *}: starting the stand-in for tier 01 as a process instead"
+    if [ -t 1 ]; then docker pull "$AUTHSERVER_IMAGE"; else docker pull --quiet "$AUTHSERVER_IMAGE"; fi 2>"$work/error" ||
+      why="$AUTHSERVER_IMAGE can't be pulled"
+    [ -z "$why" ] || [ "$TIER01" = docker ] || echo "$why: starting the stand-in for tier 01 as a process instead"
   fi
-  [ "$TIER01" != docker ] || fail "TIER01=docker, but $why"
-  return 1
+  [ -z "$why" ] || [ "$TIER01" != docker ] || fail "TIER01=docker, but $why"
+  [ -z "$why" ]
 }
 
 # start_tier01: starts both servers, and waits until they respond.
 start_tier01() {
   local deadline
   stop
-  check_ports
+  find_ports
   if use_containers; then
     [ -z "$(compose ps --all --quiet && docker volume ls --quiet --filter "name=^${project}_data$")" ] ||
       fail "the tier 01 in project $project does not respond: start or remove it, or set TIER01=native"
@@ -84,15 +80,15 @@ start_tier01() {
     mkdir .tier01
     set -m # out of reach of this terminal's Ctrl-C
     AUTHPLANE_SERVER_ISSUER=$ISSUER_URL AUTHPLANE_ISSUER=$ISSUER_URL AUTHPLANE_DEV_MODE=true \
-      AUTHPLANE_SERVER_ADDRESS=:$(port "$ISSUER_URL") AUTHPLANE_ADMIN_ADDRESS=:$(port "$ADMIN_URL") \
-      MCP_ADDRESS=:$(port "$MCP_URL") nohup env -u PYTHONDONTWRITEBYTECODE tests/.venv/bin/python tests/tier01/serve.py \
+      AUTHPLANE_SERVER_ADDRESS=:$ISSUER_PORT AUTHPLANE_ADMIN_ADDRESS=:$ADMIN_PORT \
+      MCP_ADDRESS=:$MCP_PORT nohup env -u PYTHONDONTWRITEBYTECODE tests/.venv/bin/python tests/tier01/serve.py \
       >.tier01/log 2>&1 </dev/null &
     server=$!
     set +m
     echo "$server" >.tier01/pid
   fi
   deadline=$((SECONDS + 30))
-  until request GET "$metadata" '' && [ "$status" = 200 ] && call_mcp '' && [ "$status" = 401 ]; do
+  until call_mcp '' && [ "$status" = 401 ] && request GET "$metadata" '' && [ "$status" = 200 ]; do
     if [ "$SECONDS" -ge "$deadline" ] || { [ -f .tier01/pid ] && ! kill -0 "$server" 2>/dev/null; }; then
       logs 5 >&2
       fail "tier 01 did not start: its log ends above"
@@ -105,7 +101,6 @@ start() {
   lock
   request GET "$metadata" ''
   [ "$status" = 200 ] || start_tier01
-  request GET "$metadata" ''
   find_runtime
   if [ "$runtime" = "on this host" ]; then
     "${MAKE:-make}" -s --no-print-directory .venv/ready

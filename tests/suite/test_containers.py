@@ -112,7 +112,7 @@ def test_uses_a_native_tier01(new_machine: NewMachine, tier01: Machine) -> None:
 
 
 MAKE_FAILS = {
-    "docker without the image": ({"TIER01": "docker"}, "can't be pulled: "),
+    "docker without the image": ({"TIER01": "docker"}, "can't be pulled"),
     "docker without an engine": ({"TIER01": "docker"} | NO_ENGINE, "no Docker Engine"),
 }
 

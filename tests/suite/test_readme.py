@@ -8,8 +8,10 @@ from base64 import urlsafe_b64decode
 
 import pytest
 
-from conftest import NewMachine, need_image
+from conftest import NewMachine, StartFake, need_image
+from fakes import http
 from machine import ROOT, Machine, status_of, wait_until
+from test_agent import Call, start_runner
 from test_resource_auth import CALLS
 
 with warnings.catch_warnings(record=True):  # the SDK imports authlib.jose, which is deprecated
@@ -245,6 +247,42 @@ def test_adapting_it(new_machine: NewMachine) -> None:
     result = machine.make("verify")
     assert "registered           201 my-mcp" in result.stdout
     assert result.stdout.endswith("ALL CHECKS PASSED\n"), result
+
+
+@pytest.fixture
+def call(machine: Machine) -> Call:
+    return start_runner(machine)
+
+
+SYMPTOMS: dict[str, dict[str, str]] = {
+    "Failed to fetch metadata": {"AUTHPLANE_ISSUER": "http://localhost:1"},
+    "URL must use HTTPS": {"AUTHPLANE_DEV_MODE": ""},
+    "issuer mismatch": {"AUTHPLANE_ISSUER": "http://127.0.0.1:{0}"},
+    "(invalid_client)": {"CLIENT_SECRET": "wrong"},
+    "(invalid_scope)": {"CLIENT_ID": "{3}", "CLIENT_SECRET": "{4}"},
+    "(invalid_target)": {"RESOURCE_URI": "http://localhost:{2}/mcp/"},
+    "401 Unauthorized": {"RESOURCE_URI": "http://other/{0}"},
+    "307 Temporary Redirect": {"MCP_URL": "http://localhost:{2}/mcp/"},
+    "no result.serverInfo.name": {"MCP_SERVER_NAME": "demo-server", "MCP_URL": "{5}"},
+    "Expecting value": {"MCP_URL": "{6}"},
+}
+
+
+def test_symptoms_of_the_agent(
+    tier01: Machine, call: Call, agent_settings: dict[str, str], fake: StartFake
+) -> None:
+    """Each is provoked, with the real SDK and servers where they can be made to do it."""
+    symptoms = [quoted(row[0])[0] for row in rows(README, "Troubleshooting")]
+    assert len(symptoms) == len(SYMPTOMS)
+    tier01.register_resource("other", f"http://other/{tier01.ports[0]}")
+    other = fake(lambda _: http("200 OK", '{"id": 1, "result": {}}')).url
+    html = fake(lambda _: http("200 OK", "<html>")).url
+    values = [*tier01.ports, *tier01.register_client("mcp:other"), other, html]
+    for symptom, (beginning, settings) in zip(symptoms, SYMPTOMS.items(), strict=True):
+        change = {name: value.format(*values) for name, value in settings.items()}
+        failure = call(agent_settings | change).failure or ""
+        assert symptom.startswith(beginning)
+        assert re.search(pattern(symptom), failure), failure
 
 
 def test_symptoms_of_the_harness_stand_in_the_scripts() -> None:
