@@ -50,6 +50,13 @@ def test_diff_and_counts(machine: Machine) -> None:
     assert blocks(README, "diff") == [diff]
 
 
+def test_pages_are_short() -> None:
+    assert len(README.splitlines()) <= 260
+    assert len(HARNESS.splitlines()) <= 100
+    for block in re.findall(r"(?s)```\w+\n(.*?)```", README + HARNESS):
+        assert max(map(len, block.splitlines())) <= 100, block
+
+
 def test_auth_class_is_shown_in_full() -> None:
     [shown] = blocks(README, "python")
     assert shown == (ROOT / "tests/examples/resource_auth.py").read_text()
