@@ -34,7 +34,7 @@ TOOLS = """
 """.split()  # noqa: SIM905 - what README.md asks for, and what every Unix has
 DEFAULT_IMAGE = re.findall(r"AUTHSERVER_IMAGE=(.*)", (ROOT / ".env.example").read_text())[0]
 PASSED_ON = re.compile(
-    r"(HOME|LANG|XDG_CACHE_HOME|XDG_CONFIG_HOME)|(PIP|UV|SSL_CERT|REQUESTS_CA)_.*"
+    r"HOME|LANG|XDG_C.*_HOME|DOCKER_HOST|DOCKER_CONFIG|(PIP|UV|SSL_CERT|REQUESTS_CA)_.*"
 )
 
 Result = subprocess.CompletedProcess[str]
@@ -101,11 +101,8 @@ class Machine:
         prepared: bool = True,
     ) -> None:
         self.name = f"test-{uuid.uuid4().hex[:8]}"
-        self.folder, self.clone, self.tools = (
-            folder / self.name,
-            folder / self.name / "clone",
-            tools,
-        )
+        self.folder, self.tools = folder / self.name, tools
+        self.clone = self.folder / "clone"
         self.reservations = [] if ports else [reserve_port() for _ in range(3)]
         self.ports = ports or [each.getsockname()[1] for each in self.reservations]
         self.issuer, self.admin_url, mcp = (f"http://localhost:{port}" for port in self.ports)
@@ -161,11 +158,6 @@ class Machine:
     def environment(self, **settings: str) -> dict[str, str]:
         """Return the environment of a program: these settings, and none of the user's."""
         kept = {name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name)}
-        docker = {
-            name: os.environ[name]
-            for name in ("DOCKER_HOST", "DOCKER_CONFIG")
-            if name in os.environ
-        }
         own = {
             MARK: self.name,
             "PATH": str(self.folder / "bin"),
@@ -174,7 +166,7 @@ class Machine:
         }
         if not self.network.startswith(self.name):  # that of another machine
             own["TIER01_NETWORK"] = self.network
-        return kept | (docker if "docker" in self.tools else {}) | own | settings
+        return kept | own | settings
 
     def popen(
         self,

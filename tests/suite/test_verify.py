@@ -248,9 +248,9 @@ def test_does_nothing_that_a_hostile_issuer_says(
     fake: StartFake, beside: Machine, more: str, shown: str
 ) -> None:
     """It speaks no other protocol, and sends no control character to the terminal."""
-    with socket.create_server(("127.0.0.2", 0)) as listener:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(0.1)
-        issuer = f"ftp://127.0.0.2:{listener.getsockname()[1]}"
+        issuer = f"ftp://127.0.0.1:{listener.getsockname()[1]}"
         hostile = http("200 OK", json.dumps({"issuer": f"{issuer}{more}"}))
         settings = behind(fake, beside, ISSUER_URL=always("/.well-known", hostile))
         result = beside.verify(**settings)
