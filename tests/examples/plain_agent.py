@@ -51,8 +51,8 @@ async def main() -> str | None:
                 return print(json.dumps(reply), "MCP initialize OK", sep="\n")
         raise ValueError(f"no result.serverInfo.name {server!r} in {json.dumps(reply)}")
     except Exception as e:
-        kind = next(type(x).__name__ for x in (e.__cause__, e) if isinstance(x, Exception))
-        return re.sub("[^ -~]", " ", f"agent: {step}: {e!s:.500} ({getattr(e, 'code', kind)})")
+        why = next(type(x).__name__ for x in (e.__cause__, e) if isinstance(x, Exception))
+        return re.sub("[^ -~]", " ", f"agent: {step}: {e!s:.500} ({getattr(e, 'code', why)})"[:999])
 
 
 if __name__ == "__main__":

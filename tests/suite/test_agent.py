@@ -299,6 +299,7 @@ AS_FAILURES: dict[str, tuple[Changes, str]] = {
     "invalid_client": oauth_error("invalid_client", "client authentication failed"),
     "invalid_scope": oauth_error("invalid_scope", "exceeds the client's registered scopes"),
     "invalid_target": oauth_error("invalid_target", "is not a registered resource"),
+    "long code": (oauth_error("x" * 5_000, "")[0], "xxx"),
     "slow_down": oauth_error("slow_down", "rate limit exceeded"),
     "hostile": (oauth_error("invalid_scope", f"one {HOSTILE}\r\n" * 999)[0], "one…one"),
     "metadata 404": ({METADATA: http("404 Not Found")}, "404"),
