@@ -100,7 +100,7 @@ def fakes(fake: StartFake) -> StartFakes:
 def assert_fails(outcome: Outcome, told: str) -> None:
     """Check what all failures have in common, and what this one must say: … is any text."""
     assert outcome.printed == ""
-    assert re.fullmatch("agent: [ -~]{1,990}", outcome.failure or ""), outcome.failure
+    assert re.fullmatch("agent: [ -~]{1,992}", outcome.failure or ""), outcome.failure
     assert re.search(".*".join(map(re.escape, told.split("…"))), outcome.failure or "")
 
 
