@@ -30,7 +30,7 @@ lint: .venv/ready tests/.venv/lint ## Check style, types, shell, Dockerfiles and
 	@tests/.venv/bin/ruff format --check
 	@tests/.venv/bin/pyright
 	@tests/.venv/bin/hadolint Dockerfile tests/tier01/Dockerfile
-	@tests/.venv/bin/shellcheck -x verify.sh tests/harness/*.sh .ci/run
+	@PATH=tests/.venv/bin:$$PATH shellcheck -x verify.sh tests/harness/*.sh .ci/run
 	@tests/.venv/bin/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/ci.yml
 	@out=$$(tests/.venv/bin/zizmor --offline --quiet --strict-collection .github) || { echo "$$out"; exit 1; }
 

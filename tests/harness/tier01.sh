@@ -34,7 +34,7 @@ unlock() {
 
 # find_ports: exports ISSUER_PORT, ADMIN_PORT and MCP_PORT; ends the run unless tier 01 can be started there.
 find_ports() {
-  local name port instead=''
+  local name url port instead=''
   for name in ISSUER ADMIN MCP; do
     url=${name}_URL
     [[ ${!url} =~ ^http://(localhost|127\.0\.0\.1):([0-9]+)(/.*)?$ ]] ||
@@ -142,7 +142,4 @@ clean() {
   if docker_running; then find_agent_image && remove_image "$agent_image"; fi
 }
 
-case ${1-} in
-  start | logs | clean) "$1" ;;
-  *) fail "usage: tier01.sh start | logs | clean" ;;
-esac
+"${1:?start, logs or clean}"
