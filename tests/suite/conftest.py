@@ -86,22 +86,22 @@ def agent_settings(tier01: Machine, credentials: tuple[str, str]) -> dict[str, s
 
 
 @pytest.fixture(scope="session")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     """A machine with Docker; skips the test, but not in CI, where no engine is running."""
     machine = Machine(tmp_path_factory.mktemp("engine"), *["docker"] * bool(shutil.which("docker")))
     if not machine.tools or machine.run("docker", "info").returncode:
         assert "CI" not in os.environ, "no Docker Engine is running"
         pytest.skip("no Docker Engine is running")
-    return machine
+    yield machine
+    machine.close()
 
 
 @pytest.fixture(scope="session")
-def stand_in(engine: Machine) -> Iterator[str]:
+def stand_in(engine: Machine) -> str:
     """The image of the stand-in, built under a name of its own."""
     tag = f"{engine.name}-authserver"
     engine.docker("build", "--quiet", "--file", "tests/tier01/Dockerfile", "--tag", tag, ".")
-    yield tag
-    engine.close()
+    return tag
 
 
 def need_image(request: pytest.FixtureRequest) -> str:
