@@ -22,8 +22,10 @@ async def read_response(response: httpx.Response) -> object:
         raise ValueError(f"{response.status_code} {response.reason_phrase} {details}")
     body, start, chunks = b"", 0, 0
     async for chunk in response.aiter_bytes():
+        # a tiny chunk costs time as well, so that each counts 16 bytes more
         if len(body := body + chunk) + 16 * (chunks := chunks + 1) > 256 * 1024:
             raise ValueError("the response exceeds 256 KiB")
+        # what ends an event may have begun in the chunk before
         while end := EVENT_END.search(body, max(start, len(body) - len(chunk) - 3)):
             data, start = b"\n".join(DATA.findall(body, start, end.start())), end.end()
             match json.loads(data.strip() or b"null"):
@@ -54,6 +56,7 @@ async def main() -> str | None:
                 reply = await read_response(response)
             if session := response.headers.get("Mcp-Session-Id"):
                 headers |= {"Mcp-Session-Id": session, "MCP-Protocol-Version": VERSION}
+                # the response is not read; 405 means that the server ends its sessions by itself
                 await http.send(http.build_request("DELETE", url, headers=headers), stream=True)
         match reply:
             case {"id": 1, "result": {"serverInfo": {"name": str(name)}}} if name == server:
