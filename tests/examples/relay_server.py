@@ -5,6 +5,7 @@ import os
 import warnings
 
 from fastmcp import Client, FastMCP
+from fastmcp.server.auth import require_scopes
 
 with warnings.catch_warnings(record=True):  # the SDK imports authlib.jose, which is deprecated
     from authplane import ASCredentials
@@ -25,7 +26,7 @@ async def main() -> None:
     server = FastMCP("relay-server", auth=protection.auth)
     auth = ResourceAuth(protection.client, ["mcp:echo"], os.environ["RESOURCE_URI"])
 
-    @server.tool
+    @server.tool(auth=require_scopes("mcp:relay"))
     async def relay(text: str) -> str:  # pyright: ignore[reportUnusedFunction]
         """Return the result of the other server's echo tool."""
         async with Client(os.environ["MCP_URL"], auth=auth) as other:

@@ -123,7 +123,7 @@ find_agent() {
     [ -x .venv/bin/python ] || fail "the agent has no .venv: make run prepares it"
   else
     docker network inspect "$TIER01_NETWORK" >/dev/null 2>&1 ||
-      fail "there is no Docker network $TIER01_NETWORK: start tier 01 in containers, or set TIER01_NETWORK"
+      fail "there is no Docker network $TIER01_NETWORK: make clean, then TIER01=docker make verify; or set TIER01_NETWORK"
     find_agent_image
     docker image inspect "$agent_image" >/dev/null 2>&1 || fail "the agent's image is missing: make run builds it"
     agent_url=$NETWORK_MCP_URL container=02-agent-$$-$RANDOM

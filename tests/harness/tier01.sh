@@ -34,16 +34,18 @@ unlock() {
 
 # find_ports: exports ISSUER_PORT, ADMIN_PORT and MCP_PORT; ends the run unless tier 01 can be started there.
 find_ports() {
-  local name url port instead=''
+  local name url port taken='' instead=''
   for name in ISSUER ADMIN MCP; do
     url=${name}_URL
     [[ ${!url} =~ ^http://(localhost|127\.0\.0\.1):([0-9]+)(/.*)?$ ]] ||
       fail "no authorization server at $ISSUER_URL, and one can be started here only if $url is http://localhost:PORT"
     port=${BASH_REMATCH[2]}
     export "${name}_PORT=$port"
-    if (: <"/dev/tcp/localhost/$port") 2>/dev/null; then instead+="$url=${!url/:$port/:$((port % 50000 + 10000))} "; fi
+    if (: <"/dev/tcp/localhost/$port") 2>/dev/null; then
+      taken+=" $port" instead+="$url=${!url/:$port/:$((port % 50000 + 10000))} "
+    fi
   done
-  [ -z "$instead" ] || fail "another program is listening on that port; use another one: ${instead}make verify"
+  [ -z "$instead" ] || fail "another program is listening on port$taken; with another one in .env, or: ${instead}make verify"
   [ "${MCP_URL#*://*/}" = "${RESOURCE_URI#*://*/}" ] ||
     fail "the MCP server that is started here has the path of RESOURCE_URI=$RESOURCE_URI: set MCP_URL to the same path"
 }
@@ -72,6 +74,7 @@ start_tier01() {
   if use_containers; then
     [ -z "$(compose ps --all --quiet && docker volume ls --quiet --filter "name=^${project}_data$")" ] ||
       fail "the tier 01 in project $project does not respond: start or remove it, or set TIER01=native"
+    [ "$project" != "$TIER01_NETWORK" ] || fail "TIER01_NETWORK=$TIER01_NETWORK: a network that is started here ends in _default"
     echo "starting tier 01 in containers; the image of the MCP server is built first"
     mkdir .tier01 && server=containers && echo "$project" >.tier01/project
     compose --progress plain up --detach --build >.tier01/log 2>&1 || fail "tier 01 did not start: $(tail -n 1 .tier01/log)"

@@ -1,7 +1,6 @@
 """A stand-in for the Authplane authserver: what this example relies on, and no more.
 
-It is two apps, one for each listener: `public` issues access tokens, `admin` has the resources and
-the clients. Everything is kept in memory.
+Two apps, one for each listener, `public` and `admin`; everything is kept in memory.
 """
 
 import base64

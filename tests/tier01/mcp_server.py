@@ -7,6 +7,7 @@ import warnings
 from urllib.parse import urlsplit
 
 from fastmcp import FastMCP
+from fastmcp.server.auth import require_scopes
 from starlette.applications import Starlette
 
 with warnings.catch_warnings(record=True):  # the SDK imports authlib.jose, which is deprecated
@@ -39,6 +40,7 @@ async def mcp_app() -> Starlette:
                 print(f"waiting for the authorization server {ISSUER}: {error}", flush=True)
             waiting = True
             await asyncio.sleep(0.2)
-    server = FastMCP(NAME, tools=[echo], auth=auth.auth)
+    server = FastMCP(NAME, auth=auth.auth)
+    server.tool(echo, auth=require_scopes(SCOPE))
     hosts = ["localhost", "127.0.0.1", "mcp-server", uri.hostname or ""]
     return server.http_app(uri.path, host_origin_protection=True, allowed_hosts=hosts)
