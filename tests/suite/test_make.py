@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-from pathlib import Path
 
 import pytest
 
@@ -12,54 +11,83 @@ from fakes import http
 from machine import Machine, status_of, wait_until
 
 
-def running(machine: Machine) -> str:
-    """Return the last line of `make run` when it has started the tier 01 at the machine's ports."""
-    return f"tier 01: {machine.issuer} and {machine.mcp_url}, started by make run"
-
-
-def fails(machine: Machine, told: str, *arguments: str, **settings: str) -> str:
-    """Run make; check that it fails with one line of its own that contains what is told."""
-    result = machine.make(*(arguments or ["run"]), **settings)
-    assert result.returncode == 2
-    own = [line for line in result.stderr.splitlines() if ": *** " not in line]
-    assert [line for line in own if told in line] == own[-1:], result.stderr
+def fails(machine: Machine, told: str, **settings: str) -> str:
+    """Run `make run`; check that it fails, leaves nothing, and tells that in its last line."""
+    result = machine.make("run", **settings)
+    *_, last = [line for line in result.stderr.splitlines() if ": *** " not in line]
+    assert (result.returncode, machine.left()) == (2, [])
+    assert told in last
     assert "Traceback" not in result.stderr
-    assert machine.left() == []
-    return own[-1]
+    return last
 
 
-def packages(machine: Machine) -> set[str]:
-    """Return the packages in the agent's virtual environment."""
-    code = "from importlib.metadata import *; print(*(each.name for each in distributions()))"
-    return set(machine.run(".venv/bin/python", "-c", code).stdout.lower().replace("_", "-").split())
+FAILS = {
+    "TIER01=podman: it can be native or docker": {"TIER01": "podman"},
+    "no Docker Engine with Compose v2 is running": {"TIER01": "docker"},
+    "no authorization server at https://auth.invalid": {"ISSUER_URL": "https://auth.invalid"},
+    "set MCP_URL to the same path": {"RESOURCE_URI": "http://localhost/api"},
+    "no Python 3.12 or newer": {"PY": "not-there python3", "PYTHONPATH": "old"},
+    "on Debian and Ubuntu python3.": {"PYTHONPATH": "without-venv"},
+}
+PYTHONS = {"old": "sys.version_info = (3, 11)", "without-venv": "sys.modules['ensurepip'] = None"}
 
 
-@pytest.mark.parametrize("tools", [[], ["uv"]], ids=["pip", "uv"])
-def test_installs_the_pinned_packages(new_machine: NewMachine, tools: list[str]) -> None:
-    machine = new_machine(*tools, prepared=False)
-    (machine.clone / ".venv/bin").mkdir(parents=True)  # left by an interrupted run
-    (machine.clone / ".venv/bin/pip").touch()
+@pytest.mark.parametrize(("told", "settings"), FAILS.items(), ids=FAILS.keys())
+def test_says_what_to_do(new_machine: NewMachine, told: str, settings: dict[str, str]) -> None:
+    machine = new_machine(prepared=False)
+    for folder, code in PYTHONS.items():
+        (machine.clone / folder).mkdir()
+        (machine.clone / folder / "sitecustomize.py").write_text(f"import sys; {code}")
+    fails(machine, told, **settings)
+
+
+def test_shows_the_log_of_a_server_that_did_not_start(machine: Machine) -> None:
+    fails(machine, "tier 01 did not start: its log ends above", ADMIN_URL=machine.issuer)
+
+
+def test_suggests_ports_that_are_free(fake: StartFake, machine: Machine) -> None:
+    """The suggested command works as it stands, also for a resource with another path."""
+    issuer, mcp = (fake(lambda _: http("404 Not Found")).url for _ in range(2))
+    settings = {"ISSUER_URL": issuer, "MCP_URL": f"{mcp}/api", "RESOURCE_URI": f"{mcp}/api"}
+    last = fails(machine, "another program is listening on that port", **settings)
+    command = last.split("; use another one: ")[1]
+    assert re.fullmatch(r"ISSUER_URL=\S+ MCP_URL=\S+ make verify", command)
+    result = machine.run("bash", "-c", command, **settings)
+    assert result.stdout.endswith("ALL CHECKS PASSED\n"), result
+
+
+@pytest.mark.parametrize("arguments", [[], ["UV="]], ids=["uv", "pip"])
+def test_installs_the_pinned_packages(new_machine: NewMachine, arguments: list[str]) -> None:
+    machine = new_machine("uv", prepared=False)
+    half = machine.clone / ".venv/lib/python3/site-packages/half-1.dist-info"
+    half.mkdir(parents=True)  # left by an interrupted run
     requirements = machine.clone / "tests/requirements/agent.txt"
-    if not tools:  # pip is slow: two packages show that it is used as it should be
+    if arguments:  # pip is slow: two packages show that it is used as it should be
         chosen = re.findall(r"(?ms)^(?:h11|idna)==.*?[^\\]$", requirements.read_text())
         requirements.write_text("\n".join(chosen))
-    result = machine.make(".venv/ready")
+    result = machine.make(".venv/ready", *arguments)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == "installing tests/requirements/agent.txt into .venv\n"
-    pinned = re.findall(r"(?m)^([\w.-]+)==", requirements.read_text())
-    installed = packages(machine) - {"pip"}
-    assert {"h11", "idna"} <= installed <= {name.lower() for name in pinned}
+    found = machine.clone.glob(".venv/lib/*/site-packages/*.dist-info")
+    installed = {path.name.split("-")[0].replace("_", "-").lower() for path in found}
+    pinned = set(re.findall(r"(?m)^([\w.-]+)==", requirements.read_text().lower()))
+    assert {"h11", "idna"} <= installed - {"pip"} <= pinned
+    assert ("pip" in installed) == bool(arguments)
     assert machine.make("-q", ".venv/ready").returncode == 0
 
 
 def test_life_of_what_run_starts(machine: Machine) -> None:
-    first = machine.make("run")
-    assert (first.stdout, first.stderr) == (running(machine) + "\n", "")
+    """Two runs at once start one tier 01, a third finds it, and clean ends it."""
+    runs = [machine.start("make", "run") for _ in range(2)]
+    printed = "".join(sorted(run.communicate(timeout=60)[0] for run in runs))
+    running = f"tier 01: {machine.issuer} and {machine.mcp_url}, started by make run\n"
+    waiting = r"waiting for process \d+, which starts or stops tier 01 in this folder\n"
+    assert re.fullmatch(f"{running}{waiting}{running}", printed), printed
     made = [machine.clone / name for name in (".env", ".tier01/log", ".tier01/pid")]
     assert [path.stat().st_mode & 0o077 for path in made] == [0, 0, 0]
     [server] = machine.processes()
     assert os.getpgid(server.pid) == server.pid  # so the terminal's Ctrl-C does not reach it
-    assert machine.make("run").stdout == first.stdout
+    assert machine.make("run").stdout == running
     assert machine.processes() == [server]
     assert "MCP server demo-server" in machine.make("logs").stdout
     for _ in range(2):
@@ -67,79 +95,11 @@ def test_life_of_what_run_starts(machine: Machine) -> None:
         assert machine.left() == []
         assert not {path.name for path in machine.clone.iterdir()} & {".env", ".venv"}
         assert not (machine.clone / "tests/.venv").exists()
-    fails(machine, "make run has started nothing", "logs")
-
-
-def test_deleting_the_folder_ends_it_too(machine: Machine) -> None:
-    machine.make("run")
-    machine.run("rm", "-r", ".tier01")
-    wait_until(lambda: not machine.left(), "the end of the stand-in")
-
-
-def test_two_runs_at_once(machine: Machine) -> None:
-    runs = [machine.start("make", "verify") for _ in range(2)]
-    outputs = [run.communicate(timeout=60) for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], outputs
-    assert all("ALL CHECKS PASSED\n" in output for output, _ in outputs)
-    assert sum("waiting for process" in output for output, _ in outputs) == 1
-    assert len(machine.processes()) == 1
-
-
-def test_edited_dotenv_stays(beside: Machine) -> None:
-    (beside.clone / ".env").write_text("CLIENT_ID=mine\n")
-    assert beside.make("verify").returncode == 0
-    assert beside.make("clean").returncode == 0
-    assert (beside.clone / ".env").read_text() == "CLIENT_ID=mine\n"
-
-
-def test_uses_and_leaves_what_is_already_running(beside: Machine) -> None:
-    assert beside.make("run").stdout.endswith(", already running\n")
-    assert beside.make("clean").returncode == 0
-    assert status_of("POST", beside.mcp_url) == 401
-
-
-@pytest.mark.parametrize("names", [["MCP_URL"], ["ISSUER_URL", "ADMIN_URL"]])
-def test_says_which_command_works_when_ports_are_taken(
-    fake: StartFake, machine: Machine, names: list[str]
-) -> None:
-    other = {name: fake(lambda _: http("404 Not Found")).url for name in names}
-    settings = {name: url + "/mcp" * (name == "MCP_URL") for name, url in other.items()}
-    line = fails(machine, "another program is listening on that port", **settings)
-    command = line.split("use another one: ")[1]
-    assert command.endswith(" make verify")
-    result = machine.run("bash", "-c", command, **settings)
-    assert result.stdout.endswith("ALL CHECKS PASSED\n"), result
-
-
-def test_audience_with_another_path(machine: Machine) -> None:
-    api = machine.mcp_url.replace("/mcp", "/api")
-    fails(machine, "set MCP_URL to the same path", RESOURCE_URI=api)
-    result = machine.make("verify", RESOURCE_URI=api, MCP_URL=api)
-    assert result.stdout.endswith("ALL CHECKS PASSED\n"), result
-
-
-def test_starts_nothing_elsewhere(machine: Machine) -> None:
-    told = "no authorization server at https://auth.invalid"
-    fails(machine, told, ISSUER_URL="https://auth.invalid")
-
-
-def test_half_of_a_tier01_is_not_enough(beside: Machine) -> None:
-    told = "the response of http://localhost:1/mcp is missing instead of 401"
-    fails(beside, told, MCP_URL="http://localhost:1/mcp")
-
-
-@pytest.mark.parametrize("python", ["false", "not-there"])
-def test_too_old_python(new_machine: NewMachine, python: str) -> None:
-    fails(new_machine(prepared=False), "no Python 3.12 or newer", "run", f"PY={python}")
-
-
-def test_python_without_venv(new_machine: NewMachine) -> None:
-    machine = new_machine(prepared=False)
-    (machine.folder / "sitecustomize.py").write_text("import sys; sys.modules['ensurepip'] = None")
-    fails(machine, "on Debian and Ubuntu python3.", PYTHONPATH=str(machine.folder))
+    assert "make run has started nothing from this folder" in machine.make("logs").stderr
 
 
 def test_interrupted_run_leaves_nothing(machine: Machine) -> None:
+    (machine.clone / ".tier01.lock").symlink_to("123456789")  # of a process that was killed
     run = machine.start("make", "run")
     wait_until((machine.clone / ".tier01/pid").exists, "the start of tier 01")
     os.killpg(run.pid, signal.SIGINT)
@@ -148,13 +108,12 @@ def test_interrupted_run_leaves_nothing(machine: Machine) -> None:
     wait_until(lambda: not machine.left(), "the end of what was started")
 
 
-def test_help_names_every_target(machine: Machine) -> None:
-    printed = machine.make().stdout
-    [phony] = re.findall(r"(?m)^\.PHONY: (.*)$", Path(machine.clone / "Makefile").read_text())
-    assert re.findall(r"(?m)^make (\S+) +\S", printed) == phony.split()
-    assert all(len(line) <= 80 for line in printed.splitlines())
-
-
-def test_settings_outside_the_choice(machine: Machine) -> None:
-    fails(machine, "TIER01=podman: it can be native or docker", TIER01="podman")
-    fails(machine, "no Docker Engine with Compose v2 is running", TIER01="docker")
+def test_leaves_what_it_has_not_made(beside: Machine) -> None:
+    """That is a tier 01 that is already running, all of it, and an edited .env."""
+    told = "the response of http://localhost:1/mcp is missing instead of 401"
+    fails(beside, told, MCP_URL="http://localhost:1/mcp")
+    (beside.clone / ".env").write_text("CLIENT_ID=mine\n")
+    assert beside.make("run").stdout.endswith(", already running\n")
+    assert beside.make("clean").returncode == 0
+    assert status_of("POST", beside.mcp_url) == 401
+    assert (beside.clone / ".env").read_text() == "CLIENT_ID=mine\n"
