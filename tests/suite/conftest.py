@@ -26,6 +26,11 @@ def nothing_else() -> None:
 
 
 @pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
 def new_machine(tmp_path: Path) -> Iterator[NewMachine]:
     """Make machines; they, and all that was started on them, end with the test."""
     made: list[Machine] = []

@@ -48,8 +48,7 @@ def run_container(machine: Machine, image: str) -> None:
         "AUTHPLANE_CLIENT_CREDENTIALS_ENABLED": "true",
     }
     options = [f"--env={name}={value}" for name, value in settings.items()]
-    for port, own in zip((9000, 9001), machine.ports, strict=False):
-        options.append(f"--publish=127.0.0.1:{own}:{port}")
+    options += [f"--publish=127.0.0.1:{machine.ports[n]}:{9000 + n}" for n in range(2)]
     machine.docker("run", "--detach", "--rm", "--name", machine.name, *options, image)
 
 

@@ -56,10 +56,10 @@ def test_blocks_and_counts(machine: Machine) -> None:
 
 
 def test_numbers() -> None:
-    assert f"{CALLS} concurrent calls cost 1 token request" in " ".join(README.split())
+    text, project = " ".join(README.split()), (ROOT / "pyproject.toml").read_text()
     buffer = inspect.signature(AuthplaneClient.create).parameters["cache_ttl_buffer_seconds"]
-    assert f"until {buffer.default:.0f} seconds before its end" in README
-    project = (ROOT / "pyproject.toml").read_text()
+    assert f"{CALLS} concurrent calls cost 1 token request" in text
+    assert f"until {buffer.default:.0f} seconds before it expires" in text
     for name, versions in re.findall(r'"(authplane-sdk|httpx)([<>=.,\d]+)"', project):
         assert f"`{name}{versions}`" in README
 
@@ -134,6 +134,7 @@ def test_sequence(tier01: Machine, beside: Machine) -> None:
 
 
 SYMPTOMS: dict[str, dict[str, str]] = {
+    "… not set": {"CLIENT_ID": ""},
     "Failed to fetch metadata": {"AUTHPLANE_ISSUER": "http://localhost:1"},
     "URL must use HTTPS": {"AUTHPLANE_DEV_MODE": ""},
     "issuer mismatch": {"AUTHPLANE_ISSUER": "http://127.0.0.1:{0}"},
@@ -185,7 +186,7 @@ def shell_blocks(text: str) -> Steps:
 
     That stands in comments of the block, or in a block of text that follows.
     """
-    found = re.findall(r"(?s)```sh\n(.*?)```\n(?:[^`\n]*\n```text\n(.*?)```)?", text)
+    found = re.findall(r"(?s)```sh\n(.*?)```\n(?:[^\n]+\n```text\n(.*?)```)?", text)
     assert len(found) == text.count("```sh\n")
     comment = re.compile("(?m)^# (.*\n)")
     return [(each, printed or "".join(comment.findall(each))) for each, printed in found]
