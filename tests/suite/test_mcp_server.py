@@ -8,6 +8,8 @@ import time
 
 import httpx
 import pytest
+from fastmcp import Client
+from fastmcp.exceptions import ToolError
 
 from conftest import NewMachine
 from machine import Machine, status_of, wait_until
@@ -53,6 +55,18 @@ def test_with_a_token(
     response = request("POST", url, headers | {"Authorization": f"Bearer {token}"})
     assert response.status_code == status
     assert response.headers.get("Location", tier01.mcp_url) == tier01.mcp_url
+
+
+@pytest.mark.anyio
+async def test_tool_needs_the_scope(tier01: Machine) -> None:
+    """A token for this resource is not enough: FastMCP hides the tool from the other client."""
+    for scope, tools in {"mcp:echo": ["echo"], "mcp:other": []}.items():
+        token = tier01.token(tier01.register_client(scope), resource=tier01.mcp_url)
+        async with Client(tier01.mcp_url, auth=token) as client:
+            assert [tool.name for tool in await client.list_tools()] == tools
+            if not tools:
+                with pytest.raises(ToolError):
+                    await client.call_tool("echo", {"text": "hi"})
 
 
 def says(machine: Machine, text: str) -> None:
@@ -104,7 +118,8 @@ def test_only_loopback_is_served(tier01: Machine) -> None:
 
 def test_never_claims_to_be_the_authserver(tier01: Machine) -> None:
     metadata = request("GET", f"{tier01.issuer}/.well-known/oauth-authorization-server")
-    rejected = request("POST", f"{tier01.issuer}/oauth/token")
+    form = {"grant_type": "client_credentials"}
+    rejected = httpx.post(f"{tier01.issuer}/oauth/token", data=form, trust_env=False)
     shown = [f"{response.headers}{response.text}" for response in (metadata, rejected)]
     ready = re.findall("(?m)^.* ready on .*$", tier01.log.read_text())
     assert "stand-in authorization server" in ready[0]

@@ -225,9 +225,15 @@ def test_run_it(new_machine: NewMachine) -> None:
     follow(new_machine("uv", prepared=False), shell_blocks(section(README, "Run it")))
 
 
-def test_step_by_step_without_docker(machine: Machine) -> None:
+@pytest.mark.parametrize("tools", [[], ["docker"]], ids=["no Docker", "Docker without the image"])
+def test_step_by_step_on_this_host(
+    request: pytest.FixtureRequest, new_machine: NewMachine, tools: list[str]
+) -> None:
+    if tools:
+        request.getfixturevalue("engine")
     in_docker = re.compile(f"{CLI}|{CONTAINER}")
-    follow(machine, [step for step in by_hand() if not in_docker.search(step[0])])
+    steps = [step for step in by_hand() if not in_docker.search(step[0])]
+    follow(new_machine(*tools), steps)
 
 
 def test_step_by_step_with_the_stand_in_in_containers(
@@ -243,7 +249,8 @@ def test_step_by_step_with_the_stand_in_in_containers(
 
 def test_step_by_step_with_the_cli(request: pytest.FixtureRequest, new_machine: NewMachine) -> None:
     machine = new_machine("docker", image=need_image(request))
-    if "/authserver" not in machine.docker("image", "inspect", machine.image):
+    entry = machine.docker("image", "inspect", "--format", "{{.Config.Entrypoint}}", machine.image)
+    if "/authserver" not in entry:
         pytest.skip(f"{machine.image} has no CLI: it is the stand-in")
     follow(machine, by_hand_in_containers())
 
