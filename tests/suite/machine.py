@@ -68,7 +68,7 @@ def reserve_port() -> socket.socket:
         reservation.close()
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 20) -> None:
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
     """Poll until the condition holds; fail with what was awaited."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -68,6 +68,14 @@ def test_checks_everything_and_leaves_nothing(beside: Machine) -> None:
     assert beside.left() == []
 
 
+def test_two_runs_at_once(beside: Machine) -> None:
+    before = beside.clients()
+    runs = [beside.start("./verify.sh") for _ in range(2)]
+    outputs = [run.communicate(timeout=60) for run in runs]
+    assert [(masked(output), errors) for output, errors in outputs] == [(CHECKS, "")] * 2
+    assert beside.clients() == before
+
+
 def test_reads_settings_from_dotenv_without_executing_it(beside: Machine) -> None:
     lines = [
         "ISSUER_URL=http://first",
