@@ -21,7 +21,6 @@ async def main() -> None:
         base_url=os.environ["AUTHPLANE_BASE_URL"],
         scopes=["mcp:relay"],
         as_credentials=ASCredentials(os.environ["CLIENT_ID"], os.environ["CLIENT_SECRET"]),
-        cache_ttl_buffer_seconds=float(os.environ.get("CACHE_TTL_BUFFER_SECONDS", "30")),
     )
     server = FastMCP("relay-server", auth=protection.auth)
     auth = ResourceAuth(protection.client, ["mcp:echo"], os.environ["RESOURCE_URI"])

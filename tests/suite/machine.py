@@ -37,6 +37,8 @@ PASSED_ON = re.compile(
     r"HOME|LANG|XDG_C.*_HOME|DOCKER_HOST|DOCKER_CONFIG|(PIP|UV|SSL_CERT|REQUESTS_CA)_.*"
 )
 
+PLAIN: dict[str, Any] = {"trust_env": False, "verify": False}  # loads no certificates: all is http
+
 Result = subprocess.CompletedProcess[str]
 
 
@@ -79,7 +81,7 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = 60) 
 def status_of(method: str, url: str) -> int:
     """Return the HTTP status, 0 when nothing responds."""
     try:
-        return httpx.request(method, url, trust_env=False).status_code
+        return httpx.request(method, url, **PLAIN).status_code
     except httpx.TransportError:
         return 0
 
@@ -230,7 +232,7 @@ class Machine:
     def admin(self, method: str, path: str, **options: Any) -> httpx.Response:
         """Send a request to the admin API of the tier 01 at the machine's ports."""
         url, headers = f"{self.admin_url}/admin/{path}", {"Authorization": f"Bearer {ADMIN_KEY}"}
-        return httpx.request(method, url, headers=headers, trust_env=False, **options)
+        return httpx.request(method, url, headers=headers, **PLAIN, **options)
 
     def register_resource(
         self, slug: str = "demo-mcp", uri: str = "", scope: str = "mcp:echo"
@@ -266,7 +268,7 @@ class Machine:
         """Return an access token for these credentials."""
         data = {"grant_type": "client_credentials"} | form
         url = f"{self.issuer}/oauth/token"
-        return httpx.post(url, auth=credentials, data=data, trust_env=False).json()["access_token"]
+        return httpx.post(url, auth=credentials, data=data, **PLAIN).json()["access_token"]
 
     def processes(self) -> list[psutil.Process]:
         """Return the processes that were started here, and theirs, and have not ended."""
