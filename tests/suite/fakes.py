@@ -90,12 +90,10 @@ def in_front_of(port: int, change: Change) -> Handler:
 
 def when(pattern: bytes, answer: Answer) -> Change:
     """Return a change that gives this answer to the requests in which the pattern is found."""
-    return lambda request, forward: (
-        answer if re.search(pattern, bytes(request)) else forward(request)
-    )
+    return lambda sent, forward: answer if re.search(pattern, bytes(sent)) else forward(sent)
 
 
 def replacing(old: bytes, new: bytes) -> Change:
     """Return a change of one thing in the responses; the length stays."""
     assert len(old) == len(new)
-    return lambda request, forward: forward(request).replace(old, new)
+    return lambda sent, forward: forward(sent).replace(old, new)

@@ -140,9 +140,8 @@ def test_interrupt_leaves_no_container_and_no_client(containers: Machine) -> Non
 
 def test_secrets_stay_out_of_other_containers_and_the_image(containers: Machine) -> None:
     assert ADMIN_KEY in (containers.clone / ".env").read_text()
-    project = containers.network.removesuffix("_default")
-    authserver = containers.docker("inspect", f"{project}-authserver-1")
-    mcp_server = containers.docker("inspect", f"{project}-mcp-server-1")
+    authserver = containers.docker("inspect", f"{containers.name}-tier01-authserver-1")
+    mcp_server = containers.docker("inspect", f"{containers.name}-tier01-mcp-server-1")
     assert ADMIN_KEY in authserver
     assert ADMIN_KEY not in mcp_server
     assert "CLIENT_SECRET" not in authserver + mcp_server
