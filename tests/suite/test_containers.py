@@ -105,11 +105,20 @@ def test_leaves_a_stopped_tier01(new_machine: NewMachine, stand_in: str) -> None
     assert machine.docker_objects()["volume rm"] == [f"{project}_data"]
 
 
+def test_says_that_compose_cannot_parse_dotenv(containers: Machine) -> None:
+    kept = (containers.clone / ".env").read_text()
+    (containers.clone / ".env").write_text(f"{kept}B C\n")
+    results = containers.verify(), containers.make("run")
+    (containers.clone / ".env").write_text(kept)
+    for result in results:
+        assert result.returncode in (1, 2)
+        assert "docker compose can't parse .env or docker-compose.yml: " in result.stderr
+
+
 FAILS = {
     "DOCKER_HOST=unix:///nowhere": "http://authserver:9000 is not reachable from this host)",
     "TIER01_NETWORK=not-there": "there is no Docker network not-there",
     "COMPOSE_PROJECT_NAME=not-built": "image is missing: make run builds it",
-    "COMPOSE_FILE=not-there": "docker compose can't parse .env or docker-compose.yml: ",
     "NETWORK_MCP_URL=http://not-there:8080/mcp": "initialize at http://not-there:8080/mcp",
 }
 
