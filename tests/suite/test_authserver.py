@@ -167,7 +167,9 @@ def test_resource(authserver: Machine) -> None:
 
 
 def test_client(authserver: Machine) -> None:
-    client = authserver.register_client()
+    client, newer = authserver.register_client(), authserver.register_client()  # of one name
+    newest = [(each["id"], each["name"]) for each in authserver.admin("GET", "clients").json()[:2]]
+    assert newest == [(newer[0], "demo-agent-client"), (client[0], "demo-agent-client")]
     path = f"clients/{client[0]}"
     assert all(re.fullmatch("[A-Za-z0-9_-]+", value) for value in client)
     assert request_token(authserver, client).status_code == 200
