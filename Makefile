@@ -1,9 +1,10 @@
-# GNU Make 3.81 and later. Settings: see .env.example; PY=python3.13 chooses the Python, UV= does without uv.
+# GNU Make 3.81 and later. Settings: see .env.example; PY=python3.13 chooses the Python, UV= installs with pip, not uv.
 SHELL := /bin/bash
 UV := $(shell command -v uv 2>/dev/null)
-LOCK = UV_CUSTOM_COMPILE_COMMAND='make lock' tests/.venv/bin/uv pip compile --quiet --universal --upgrade \
+COUNT := grep -cvE '^ *(\#|$$)'
+PIN = UV_CUSTOM_COMPILE_COMMAND='make lock' tests/.venv/bin/uv pip compile --quiet --universal --upgrade \
   --generate-hashes --python-version 3.12 --output-file tests/requirements/
-export MAKE PY UV
+export PY UV
 .DEFAULT_GOAL := help
 .PHONY: help run verify diff test lint logs lock clean
 
@@ -17,31 +18,34 @@ verify: run ## Run the agent; check what is accepted and what is rejected
 	@./verify.sh
 
 diff: ## Show what authentication adds to the same client without it
-	@awk '/# authplane:/ { auth = /begin/ } /^ *(#|$$)/ { next } { total++; lines += auth } \
-	  END { printf "Auth-specific code: %d lines · Total example: %d lines", lines, total }' agent.py
-	@sed -n 's/^dependencies = \["authplane-sdk\([^"]*\).*/ · SDK: authplane-sdk \1/p' pyproject.toml
+	@total=$$($(COUNT) agent.py); \
+	  auth=$$(sed -n '/# authplane:begin/,/# authplane:end/p' agent.py | $(COUNT)); \
+	  sdk=$$(sed -n 's/^dependencies = \["\(authplane-sdk\)\([^"]*\).*/\1 \2/p' pyproject.toml); \
+	  echo "Auth-specific code: $$auth lines · Total example: $$total lines · SDK: $$sdk"
 	@diff -U0 tests/examples/plain_agent.py agent.py | tail -n +3
 
-test: .venv/ready tests/.venv/test ## Run all tests
-	@tests/.venv/bin/pytest
+test: ## Run all tests
+	@tests/harness/install.sh .venv agent
+	@tests/harness/install.sh tests/.venv tier01
+	@tests/harness/install.sh tests/.venv test
+	@tests/.venv/bin/python -m pytest
 
-lint: .venv/ready tests/.venv/lint ## Check style, types, shell, Dockerfiles and the workflow
+lint: ## Check style, types and shell
+	@for name in tier01 test lint; do tests/harness/install.sh tests/.venv $$name || exit; done
 	@tests/.venv/bin/ruff check
 	@tests/.venv/bin/ruff format --check
 	@tests/.venv/bin/pyright
-	@tests/.venv/bin/hadolint Dockerfile tests/tier01/Dockerfile
-	@PATH=tests/.venv/bin:$$PATH shellcheck -x verify.sh tests/harness/*.sh .ci/run
-	@tests/.venv/bin/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/ci.yml
-	@out=$$(tests/.venv/bin/zizmor --offline --quiet --strict-collection .github) || { echo "$$out"; exit 1; }
+	@PATH=tests/.venv/bin:$$PATH shellcheck -x verify.sh tests/harness/*.sh .ci/*
 
 logs: ## Show the logs of what `make run` has started
 	@tests/harness/tier01.sh logs
 
-lock: tests/.venv/test ## Pin the newest versions that pyproject.toml allows
-	@$(LOCK)agent.txt pyproject.toml --group platforms
-	@$(LOCK)tier01.txt --group tier01 -c tests/requirements/agent.txt
-	@$(LOCK)test.txt --group test -c tests/requirements/tier01.txt
-	@$(LOCK)lint.txt --group lint -c tests/requirements/tier01.txt -c tests/requirements/test.txt
+lock: ## Pin the newest versions that pyproject.toml allows
+	@tests/harness/install.sh tests/.venv test
+	@$(PIN)agent.txt pyproject.toml --group platforms
+	@$(PIN)tier01.txt --group tier01 -c tests/requirements/agent.txt
+	@$(PIN)test.txt --group test -c tests/requirements/tier01.txt
+	@$(PIN)lint.txt --group lint -c tests/requirements/tier01.txt -c tests/requirements/test.txt
 
 clean: ## Stop and remove what `make run` has started and made
 	@tests/harness/tier01.sh clean
@@ -51,10 +55,3 @@ clean: ## Stop and remove what `make run` has started and made
 
 .env:
 	@umask 077 && cp .env.example .env
-
-.venv/ready: tests/requirements/agent.txt
-	@tests/harness/install.sh $@ $<
-tests/.venv/%: tests/requirements/%.txt
-	@tests/harness/install.sh $@ $<
-tests/.venv/test: tests/.venv/tier01
-tests/.venv/lint: tests/.venv/test

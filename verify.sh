@@ -1,21 +1,96 @@
 #!/usr/bin/env bash
 # Registers the resource and a client, runs the agent with them, and checks that requests without a valid token for
-# this resource are rejected. How it sends requests, checks and cleans up: tests/harness/functions.sh.
+# this resource are rejected. How it sends requests and where it runs the agent: tests/harness.
 set -euo pipefail
 umask 077
+unset CDPATH
 cd "$(dirname "$0")"
-# shellcheck source=tests/harness/functions.sh
-. tests/harness/functions.sh
-setting MCP_SERVER_NAME
-setting NETWORK_MCP_URL
-slug=demo-mcp scope=mcp:echo log="see the log of the authorization server"
+. tests/harness/settings.sh
+. tests/harness/requests.sh
+. tests/harness/runtime.sh
+
+# check NAME EXPECTED ACTUAL HELP: prints a line; ends the run unless ACTUAL matches EXPECTED, a regular expression.
+check() {
+  local mark="$green✓$plain" actual
+  actual=$(printable "$3")
+  [[ $actual != 000* ]] || actual="no response ($(printable "$(tail -n 1 "$work/error")"))"
+  if [[ ! $actual =~ ^($2)$ ]]; then
+    mark="$red✗$plain"
+  fi
+  printf '%s %-30s %s\n' "$mark" "$1" "$actual"
+  [[ $actual =~ ^($2)$ ]] || fail "$1: expected $2, got $actual: $4"
+}
+
+# admin METHOD PATH [JSON]: sends a request to the admin API.
+admin() {
+  request "$1" "$ADMIN_URL/admin/$2" "Authorization: Bearer $AUTHPLANE_ADMIN_API_KEY
+Content-Type: application/json" ${3+--data "$3"}
+}
+
+# client_field NAME: prints a field of the registered client, or nothing.
+client_field() { jq -r ".$1 | strings" "$work/client" 2>/dev/null || :; }
+
+# register_client JSON: sets status, CLIENT_ID and CLIENT_SECRET. The subshell and curl ignore signals, so that a client
+# that is registered is also recorded, in $work/client.
+register_client() {
+  (
+    trap '' HUP INT TERM
+    admin POST clients "$1"
+    [ "$status" != 201 ] || mv "$work/body" "$work/client"
+    printf '%s' "$status" >"$work/status"
+  )
+  status=$(cat "$work/status") CLIENT_ID=$(client_field client_id) CLIENT_SECRET=$(client_field client_secret)
+}
+
+# delete_client: deletes the client, with the tokens that it still has.
+delete_client() { admin DELETE "clients/$(jq -r '.client_id | @uri' "$work/client")?force=true"; }
+
+# request_token SECRET SCOPE [RESOURCE]: sets actual to the status, with the error code if there is one. The client
+# authenticates by HTTP Basic, with both halves percent-encoded: RFC 6749, section 2.3.1.
+request_token() {
+  local basic
+  basic=$(ID=$CLIENT_ID SECRET=$1 jq -nr '"\(env.ID | @uri):\(env.SECRET | @uri)" | @base64')
+  request POST "$AUTHSERVER_URL/oauth/token" "Authorization: Basic $basic" \
+    --data grant_type=client_credentials --data-urlencode "scope=$2" ${3+--data-urlencode "resource=$3"}
+  actual=$status
+  [ "$status" = 200 ] || actual+=" $(json_field '.error // empty')"
+}
+
+# clean_up: ends what this run has started and deletes its client, however the run ends.
+clean_up() {
+  local result=$?
+  trap '' HUP INT TERM
+  if [ -n "$agent_pid" ]; then
+    kill "$agent_pid" 2>/dev/null || :
+    wait "$agent_pid" 2>/dev/null || :
+    [ -z "$network" ] || docker rm --force "$container" >/dev/null 2>&1 || :
+  fi
+  if [ -n "$(client_field client_id)" ] && [ -z "$deleted" ]; then
+    delete_client
+    [ "$status" = 204 ] || printf 'verify.sh: client %s was not deleted (%s): delete it manually\n' \
+      "$(printable "$(client_field client_id)")" "${status/000/no response}" >&2
+  fi
+  rm -rf "$work"
+  exit "$result"
+}
+
+need_tools curl jq
+read_settings
+check_settings
+scope=$MCP_SCOPE slug=demo-mcp network='' agent_pid='' deleted='' container=02-agent-$$-$RANDOM green='' red='' plain=''
+if [ -t 1 ] && [ -z "${NO_COLOR-}" ]; then green=$'\e[32m' red=$'\e[31m' plain=$'\e[0m'; fi
+see_log="see the log of the authorization server"
+work=$(mktemp -d "${TMPDIR:-/tmp}/tier02.XXXXXX")
+trap clean_up EXIT
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 143' TERM
 
 # The authorization server: where it is, and where the agent must run to reach it
-request GET "$ISSUER_URL/.well-known/oauth-authorization-server" ''
-check "discovery" 200 "$status" "no authorization server at $ISSUER_URL: make run starts one"
+request_metadata "$AUTHSERVER_URL"
+check "discovery" 200 "$status" "no authorization server at $AUTHSERVER_URL: make run starts one"
 find_runtime
-find_agent
-printf '  the agent runs %s: %s\n' "$runtime" "${reason//[![:print:]]/ }"
+printf '  the agent runs %s: %s\n' "$runtime" "$(printable "$reason")"
 
 # The MCP server rejects a request without a token
 call_mcp ''
@@ -30,42 +105,49 @@ if [ "$status" = 404 ]; then
 fi
 # shellcheck disable=SC2016 # the variables are jq's
 actual="$status $(json_field --arg uri "$RESOURCE_URI" --arg scope "$scope" 'if .uri == $uri and
-  any(.scopes[]; .name == $scope) then .slug elif .uri then "\(.id): \(.uri) \([.scopes[]?.name])" else empty end')"
+  any(.scopes[]; .name == $scope) then .slug elif .uri then "\(.uri) \([.scopes[]?.name])" else empty end')"
 help="are AUTHPLANE_ADMIN_API_KEY and ADMIN_URL those of this tier 01?"
-[ "$status" != 200 ] || help="set RESOURCE_URI, or PATCH $ADMIN_URL/admin/resources/ID to that uri and scope, or make clean"
+[ "$status" != 200 ] || help="make clean, if make run has started it; else PATCH $ADMIN_URL/admin/resources/$(json_field .id)"
 check "resource: registered" "20[01] $slug" "${actual% }" "$help"
 
 # The client: a new one for each run, since its secret is shown only once
-register_client '{"client_name": "demo-agent-client", "grant_types": ["client_credentials"],
-  "token_endpoint_auth_method": "client_secret_basic", "scope": "'"$scope"'"}'
-check "client: registered" 201 "$status" "$log"
+register_client "$(jq -nc --arg scope "$scope" '{client_name: "demo-agent-client", scope: $scope,
+  grant_types: ["client_credentials"], token_endpoint_auth_method: "client_secret_basic"}')"
+[ -n "$CLIENT_ID" ] && [ -n "$CLIENT_SECRET" ] || status+=" without client_id and client_secret"
+check "client: registered" 201 "$status" "$see_log"
 
 # The agent
-run_agent
-check "agent: accepted" "exit 0, authenticated MCP initialize OK" "$actual" "see README, troubleshooting"
+result=0
+run_agent "$container" >"$work/agent" 2>&1 </dev/null &
+agent_pid=$!
+wait "$agent_pid" || result=$?
+agent_pid=''
+check "agent: accepted" "exit 0, authenticated MCP initialize OK" \
+  "exit $result, $(tail -n 1 "$work/agent")" "see Troubleshooting in README.md; make run prepares the agent"
 
 # The authorization server issues a token only to this client, for its scope, for a registered resource
-request_token "$client_secret" "$scope" "$RESOURCE_URI"
-check "token: issued" 200 "$actual" "$log"
+request_token "$CLIENT_SECRET" "$scope" "$RESOURCE_URI"
+check "token: issued" 200 "$actual" "$see_log"
 token=$(json_field .access_token)
 request_token not-the-secret "$scope" "$RESOURCE_URI"
 check "wrong secret: rejected" "401 invalid_client" "$actual" "the authorization server must check the secret"
-request_token "$client_secret" mcp:not-granted "$RESOURCE_URI"
+request_token "$CLIENT_SECRET" mcp:not-granted "$RESOURCE_URI"
 check "scope not granted: rejected" "400 invalid_scope" "$actual" "the authorization server must not widen scopes"
-request_token "$client_secret" "$scope" "$RESOURCE_URI/not-registered"
+request_token "$CLIENT_SECRET" "$scope" "$RESOURCE_URI/not-registered"
 check "unknown resource: rejected" "400 invalid_(target|scope)" "$actual" "the authorization server must reject a resource that is not registered"
 
 # The MCP server accepts only tokens that were issued by this authorization server, for this resource
 call_mcp "${token%??????????}AAAAAAAAAA"
 check "tampered token: rejected" "401.*" "$actual" "the MCP server must verify the signature"
-request_token "$client_secret" "$scope"
-check "different audience: issued" 200 "$actual" "$log"
+request_token "$CLIENT_SECRET" "$scope"
+check "different audience: issued" 200 "$actual" "$see_log"
 call_mcp "$(json_field .access_token)"
 check "different audience: rejected" "401.*" "$actual" "the MCP server must compare the audience with $RESOURCE_URI"
 
 # The client is deleted, and gets no token any more
 delete_client
-check "client: deleted" 204 "$status" "delete $client_id manually"
-request_token "$client_secret" "$scope" "$RESOURCE_URI"
+[ "$status" != 204 ] || deleted=yes
+check "client: deleted" 204 "$status" "delete the client manually"
+request_token "$CLIENT_SECRET" "$scope" "$RESOURCE_URI"
 check "deleted client: rejected" "401 invalid_client" "$actual" "the authorization server must reject a deleted client"
 printf '%sALL CHECKS PASSED%s\n' "$green" "$plain"

@@ -1,148 +1,210 @@
 #!/usr/bin/env bash
 # Tier 01 for a machine where none is running, and the agent's packages or image: tier01.sh start | logs | clean.
-# The folder .tier01 has the log of what was started, and its pid or its project.
+# The folder .started has what was started: the authorization server's kind, and a log and a pid or a Compose project.
 set -euo pipefail
 umask 077
+unset CDPATH
 cd "$(dirname "$0")/../.."
-# shellcheck source=tests/harness/functions.sh
-. tests/harness/functions.sh
-for name in AUTHSERVER_IMAGE AUTHPLANE_SESSION_SECRET PYTHON_IMAGE MCP_SERVER_NAME; do setting "$name"; done
-export AUTHSERVER_IMAGE AUTHPLANE_SESSION_SECRET PYTHON_IMAGE AUTHPLANE_ADMIN_API_KEY RESOURCE_URI MCP_SERVER_NAME
-project=${TIER01_NETWORK%_default} server='' metadata=$ISSUER_URL/.well-known/oauth-authorization-server
+. tests/harness/settings.sh
+. tests/harness/requests.sh
+. tests/harness/runtime.sh
 
-# compose ARGUMENT…: docker compose for tier 01, in the project that was started, else in that of TIER01_NETWORK.
+# logged COMMAND…: runs it without output; if it fails, prints the end of its output on standard error.
+logged() { "$@" >"$work/log" 2>&1 || { tail -n 20 "$work/log" >&2 && return 1; }; }
+
+# compose ARGUMENT…: docker compose for the containers that were started from this folder.
 compose() {
-  [ ! -f .tier01/project ] || project=$(cat .tier01/project)
-  docker compose --ansi never --project-name "$project" --env-file /dev/null --file tests/tier01/docker-compose.yml "$@"
+  docker compose --ansi never --project-name "$(cat .started/project)" --env-file /dev/null \
+    --file tests/tier01/docker-compose.yml "$@"
 }
 
-# lock: waits until no other process starts or stops tier 01 in this folder. The lock is a link to our process id.
-lock() {
-  local holder=''
-  until ln -s "$$" .tier01.lock 2>/dev/null; do
-    [ -n "$holder" ] || echo "waiting for process $(readlink .tier01.lock), which starts or stops tier 01 in this folder"
-    holder=$(readlink .tier01.lock) || holder=gone
-    kill -0 "$holder" 2>/dev/null || rm -f .tier01.lock # its process was killed
-    sleep 0.2
-  done
-  on_exit=unlock
-}
-unlock() {
-  [ "$result" = 0 ] || [ -z "$server" ] || stop
-  rm -f .tier01.lock
+# server_running: true if the process that was started from this folder is running; sets pid. The command is compared,
+# because the number can be another program's after a restart of the machine.
+server_running() {
+  local command
+  pid=$(cat .started/pid 2>/dev/null) || return
+  if [ -e /proc/self/cmdline ]; then
+    command=$(tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline") || return
+  else
+    command=$(ps -o args= -p "$pid") || return
+  fi
+  [[ $command = *"$PWD/tests/tier01/serve.py"* ]]
+} 2>/dev/null
+
+# responding: true if both servers respond as they should.
+responding() {
+  call_mcp ''
+  [ "$status" = 401 ] && request_metadata "$AUTHSERVER_URL" && [ "$status" = 200 ]
 }
 
-# find_ports: exports ISSUER_PORT, ADMIN_PORT and MCP_PORT; ends the run unless tier 01 can be started there.
+# find_ports: sets AUTHSERVER_PORT, ADMIN_PORT and MCP_PORT; ends the run unless tier 01 can be started there.
 find_ports() {
-  local name url port taken='' instead=''
-  for name in ISSUER ADMIN MCP; do
+  local name url port
+  for name in AUTHSERVER ADMIN MCP; do
     url=${name}_URL
     [[ ${!url} =~ ^http://(localhost|127\.0\.0\.1):([0-9]+)(/.*)?$ ]] ||
-      fail "no authorization server at $ISSUER_URL, and one can be started here only if $url is http://localhost:PORT"
+      fail "no authorization server at $AUTHSERVER_URL, and one can be started here only if $url is http://localhost:PORT"
     port=${BASH_REMATCH[2]}
-    export "${name}_PORT=$port"
     if (: <"/dev/tcp/localhost/$port") 2>/dev/null; then
-      taken+=" $port" instead+="$url=${!url/:$port/:$((port % 50000 + 10000))} "
+      fail "another program is listening on port $port: set $url to another one, such as ${!url/:$port/:$((port % 50000 + 10000))}"
     fi
+    printf -v "${name}_PORT" '%s' "$port"
   done
-  [ -z "$instead" ] || fail "another program is listening on port$taken; with another one in .env, or: ${instead}make verify"
   [ "${MCP_URL#*://*/}" = "${RESOURCE_URI#*://*/}" ] ||
     fail "the MCP server that is started here has the path of RESOURCE_URI=$RESOURCE_URI: set MCP_URL to the same path"
 }
 
-# use_containers: true if tier 01 is to run in containers; prints why not if that is a surprise.
-use_containers() {
-  local why=''
-  [ "$TIER01" != native ] || return
-  if ! docker_running; then
-    why="no Docker Engine with Compose v2 is running"
+# find_image: sets why_native to the reason to start the stand-in as a process; it is empty if containers can be started.
+find_image() {
+  why_native=''
+  if [ "$TIER01_RUNTIME" = native ]; then
+    why_native="TIER01_RUNTIME=native"
+  elif ! docker_running; then
+    why_native="no Docker Engine with Compose v2 is running"
   elif ! docker image inspect "$AUTHSERVER_IMAGE" >/dev/null 2>&1; then
     echo "pulling $AUTHSERVER_IMAGE"
-    if [ -t 1 ]; then docker pull "$AUTHSERVER_IMAGE"; else docker pull --quiet "$AUTHSERVER_IMAGE"; fi 2>"$work/error" ||
-      why="$AUTHSERVER_IMAGE can't be pulled"
-    [ -z "$why" ] || [ "$TIER01" = docker ] || echo "$why: starting the stand-in for tier 01 as a process instead"
+    logged docker pull --quiet "$AUTHSERVER_IMAGE" || why_native="$AUTHSERVER_IMAGE can't be pulled"
   fi
-  [ -z "$why" ] || [ "$TIER01" != docker ] || fail "TIER01=docker, but $why"
-  [ -z "$why" ]
+  [ -z "$why_native" ] || [ "$TIER01_RUNTIME" != docker ] || fail "TIER01_RUNTIME=docker, but $why_native"
+}
+
+start_process() {
+  echo "starting a stand-in for tier 01 as a process: $why_native"
+  tests/harness/install.sh tests/.venv tier01
+  mkdir .started
+  echo "stand-in" >.started/authserver
+  set -m # in a process group of its own, which Ctrl-C in this terminal does not reach
+  (
+    trap '' HUP
+    AUTHPLANE_SERVER_ISSUER=$AUTHSERVER_URL AUTHPLANE_ISSUER=$AUTHSERVER_URL AUTHPLANE_DEV_MODE=true
+    AUTHPLANE_SERVER_ADDRESS=:$AUTHSERVER_PORT AUTHPLANE_ADMIN_ADDRESS=:$ADMIN_PORT MCP_ADDRESS=:$MCP_PORT
+    FASTMCP_ENV_FILE=/dev/null # FastMCP would read .env
+    keep_environment HOME TOKEN_SECONDS AUTHPLANE_SERVER_ISSUER AUTHPLANE_ISSUER AUTHPLANE_DEV_MODE \
+      AUTHPLANE_SERVER_ADDRESS AUTHPLANE_ADMIN_ADDRESS MCP_ADDRESS FASTMCP_ENV_FILE \
+      AUTHPLANE_ADMIN_API_KEY RESOURCE_URI MCP_SERVER_NAME MCP_SCOPE
+    exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&- # a pipe of make, which would wait for its end
+    exec tests/.venv/bin/python "$PWD/tests/tier01/serve.py" >.started/log 2>&1 </dev/null
+  ) &
+  set +m
+  echo $! >.started/pid
+}
+
+start_containers() {
+  echo "starting tier 01 in containers; the image of the MCP server is built first"
+  mkdir .started
+  echo "$AUTHSERVER_IMAGE" >.started/authserver
+  echo "${COMPOSE_PROJECT_NAME:-02-calling-another-resource}-tier01-$RANDOM$RANDOM" >.started/project
+  PYTHON_IMAGE=$PYTHON_IMAGE logged compose build ||
+    fail "the image of the MCP server was not built: the end of its log is above"
+  (
+    export AUTHSERVER_IMAGE AUTHPLANE_ADMIN_API_KEY AUTHPLANE_SESSION_SECRET RESOURCE_URI MCP_SERVER_NAME MCP_SCOPE \
+      AUTHSERVER_PORT ADMIN_PORT MCP_PORT
+    logged compose up --detach
+  ) || fail "tier 01 did not start: the reason is above"
 }
 
 # start_tier01: starts both servers, and waits until they respond.
 start_tier01() {
   local deadline
-  stop
+  stop || exit 1
   find_ports
-  if use_containers; then
-    [ -z "$(compose ps --all --quiet && docker volume ls --quiet --filter "name=^${project}_data$")" ] ||
-      fail "the tier 01 in project $project does not respond: start or remove it, or set TIER01=native"
-    [ "$project" != "$TIER01_NETWORK" ] || fail "TIER01_NETWORK=$TIER01_NETWORK: a network that is started here ends in _default"
-    echo "starting tier 01 in containers; the image of the MCP server is built first"
-    mkdir .tier01 && server=containers && echo "$project" >.tier01/project
-    compose --progress plain up --detach --build >.tier01/log 2>&1 || fail "tier 01 did not start: $(tail -n 1 .tier01/log)"
-  else
-    "${MAKE:-make}" -s --no-print-directory .venv/ready tests/.venv/tier01
-    mkdir .tier01
-    set -m # out of reach of this terminal's Ctrl-C
-    AUTHPLANE_SERVER_ISSUER=$ISSUER_URL AUTHPLANE_ISSUER=$ISSUER_URL AUTHPLANE_DEV_MODE=true \
-      AUTHPLANE_SERVER_ADDRESS=:$ISSUER_PORT AUTHPLANE_ADMIN_ADDRESS=:$ADMIN_PORT \
-      MCP_ADDRESS=:$MCP_PORT nohup env -u PYTHONDONTWRITEBYTECODE tests/.venv/bin/python tests/tier01/serve.py \
-      >.tier01/log 2>&1 </dev/null &
-    server=$!
-    set +m
-    echo "$server" >.tier01/pid
-  fi
+  find_image
+  starting=yes
+  if [ -n "$why_native" ]; then start_process; else start_containers; fi
   deadline=$((SECONDS + 30))
-  until call_mcp '' && [ "$status" = 401 ] && request GET "$metadata" '' && [ "$status" = 200 ]; do
-    if [ "$SECONDS" -ge "$deadline" ] || { [ -f .tier01/pid ] && ! kill -0 "$server" 2>/dev/null; }; then
-      logs 5 >&2
-      fail "tier 01 did not start: its log ends above"
+  until responding; do
+    if [ "$SECONDS" -ge "$deadline" ] || { [ -f .started/pid ] && ! server_running; }; then
+      show_logs 20 >&2
+      fail "tier 01 did not start: the end of its log is above"
     fi
     sleep 0.1
   done
 }
 
 start() {
-  lock
-  request GET "$metadata" ''
+  local authserver=$AUTHSERVER_URL by="already running"
+  request_metadata "$AUTHSERVER_URL"
   [ "$status" = 200 ] || start_tier01
   find_runtime
-  if [ "$runtime" = "on this host" ]; then
-    "${MAKE:-make}" -s --no-print-directory .venv/ready
+  if [ -z "$network" ]; then
+    tests/harness/install.sh .venv agent
   else
-    find_agent_image
     echo "building the agent's image"
-    docker compose --progress quiet --profile manual build --quiet || fail "the agent's image was not built: see above"
+    PYTHON_IMAGE=$PYTHON_IMAGE logged agent_compose build || fail "the agent's image was not built: the end of its log is above"
   fi
   call_mcp ''
-  [ "$status" = 401 ] || fail "there is an authorization server at $ISSUER_URL, but the response of $MCP_URL is ${status/000/missing} instead of 401: set MCP_URL, or run make clean first"
-  if [ -d .tier01 ]; then reason="started by make run"; else reason="already running"; fi
-  echo "tier 01: $ISSUER_URL and $MCP_URL, $reason"
-}
-
-# stop: ends what was started from this folder, and nothing else.
-stop() {
-  local pid=none
-  if [ -f .tier01/project ]; then
-    docker_running || fail "the containers of project $(cat .tier01/project) are still there: start Docker to remove them"
-    compose down --volumes >/dev/null 2>&1 || fail "the containers of project $project can't be removed: see docker compose ls"
-    remove_image "$(compose config --images mcp-server)"
+  [ "$status" = 401 ] || fail "there is an authorization server at $AUTHSERVER_URL, but the response of $MCP_URL is ${status/000/missing} instead of 401: set MCP_URL, or run make clean first"
+  if server_running || [ -n "$(started_containers)" ]; then
+    authserver+=" ($(cat .started/authserver))" by="started by make run"
   fi
-  [ ! -f .tier01/pid ] || pid=$(cat .tier01/pid)
-  rm -rf .tier01 # the process ends when its log is gone
-  for _ in {1..50}; do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
+  starting=''
+  echo "tier 01: $authserver and $MCP_URL, $by"
 }
 
-# logs [LINES]: prints the end of the logs of what was started from this folder; Compose 2.26 colours them in pipes too.
-logs() {
-  [ -d .tier01 ] || fail "no logs: make run has started nothing from this folder"
-  if [ -f .tier01/pid ]; then tail -n "${1:-100}" .tier01/log; else compose logs --tail "${1:-100}" | sed $'s/\e\\[2K//'; fi
+# stop: ends what was started from this folder, and nothing else. If something does not end, it says so, keeps .started
+# for the next try, and fails.
+stop() {
+  if server_running; then
+    kill "$pid"
+    for _ in {1..50}; do server_running && sleep 0.1 || break; done
+    if server_running; then
+      echo "tier01.sh: process $pid does not end: kill -KILL $pid, then make clean" >&2
+      return 1
+    fi
+  fi
+  if [ -f .started/project ] && ! logged compose down --volumes --rmi local; then
+    echo "tier01.sh: the containers of $(cat .started/project) can't be removed: is Docker running? Then make clean" >&2
+    return 1
+  fi
+  rm -rf .started
 }
 
-remove_image() { if docker image inspect "$1" >/dev/null 2>&1; then docker image rm "$1" >/dev/null; fi; }
-
-clean() {
-  lock
-  stop
-  if docker_running; then find_agent_image && remove_image "$agent_image"; fi
+# show_logs LINES: prints the end of the logs of what was started from this folder.
+show_logs() {
+  if [ -f .started/log ]; then
+    tail -n "$1" .started/log
+  elif [ -f .started/project ]; then
+    compose logs --no-color --tail "$1"
+  else
+    fail "no logs: make run has started nothing from this folder"
+  fi
 }
 
-"${1:?start, logs or clean}"
+remove_agent_image() {
+  local image
+  image=$(agent_compose config --images)
+  ! docker image inspect "$image" >/dev/null 2>&1 || docker image rm "$image" >/dev/null
+}
+
+# clean_up: removes what this run has started if it fails, and its lock; others' locks name another process.
+clean_up() {
+  local result=$?
+  trap '' HUP INT TERM
+  [ -z "$starting" ] || stop || :
+  [ "$(readlink .started.lock)" != $$ ] || rm -f .started.lock
+  rm -rf "$work"
+  exit "$result"
+}
+
+starting='' network='' work=$(mktemp -d "${TMPDIR:-/tmp}/tier02.XXXXXX")
+trap clean_up EXIT
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 143' TERM
+case ${1-} in
+  start)
+    need_tools curl jq
+    read_settings
+    check_settings
+    ln -s $$ .started.lock 2>/dev/null ||
+      fail "process $(readlink .started.lock) is at work in this folder: wait for its end; if it was killed, make clean"
+    start
+    ;;
+  logs) show_logs 100 ;;
+  clean)
+    stop
+    ! docker_running || remove_agent_image
+    rm -f .started.lock
+    ;;
+  *) fail "it takes start, logs or clean" ;;
+esac

@@ -1,28 +1,46 @@
-"""Fixtures: machines to run programs on, a running tier 01, and fake servers."""
+"""Fixtures: sandboxes to run programs in, running servers, Docker, and fake servers."""
 
 import os
+import re
 import shutil
+import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from authserver import Credentials, status_of
 from fakes import Fake, Handler
-from machine import DEFAULT_IMAGE, Machine, forbid_the_rest, status_of, wait_until
+from sandbox import ROOT, Sandbox, wait_until
 
-REAL_IMAGE = os.environ.get("AUTHSERVER_IMAGE") or DEFAULT_IMAGE
-
-type NewMachine = Callable[..., Machine]
+type NewSandbox = Callable[..., Sandbox]
 type StartFake = Callable[[Handler], Fake]
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print each reason for which tests were skipped."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    for reason, count in Counter(report.longrepr[2] for report in skipped).items():
+        terminalreporter.write_line(f"{count} skipped: {reason.removeprefix('Skipped: ')}")
+
+
+def skip(reason: str) -> None:
+    """Skip the test; fail it in CI, where nothing is skipped for want of a tool."""
+    assert "CI" not in os.environ, reason
+    pytest.skip(reason)
+
+
 @pytest.fixture(scope="session", autouse=True)
-def nothing_else() -> None:
-    """Tests start programs on machines only, and call only what is on this one."""
+def defaults() -> None:
+    """Undo what this process has inherited: proxies, and signals that `nohup` or `&` ignore."""
     for variable in [name for name in os.environ if name.lower().endswith("_proxy")]:
         del os.environ[variable]
-    forbid_the_rest()
+    for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
@@ -31,97 +49,96 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture
-def new_machine(tmp_path: Path) -> Iterator[NewMachine]:
-    """Make machines; they, and all that was started on them, end with the test."""
-    made: list[Machine] = []
+def new_sandbox(tmp_path: Path) -> Iterator[NewSandbox]:
+    """Make sandboxes; they, and all that was started in them, end with the test."""
+    made: list[Sandbox] = []
 
-    def make(*tools: str, **options: object) -> Machine:
-        made.append(Machine(tmp_path, *tools, **options))  # type: ignore[arg-type]
+    def make(*tools: str, **options: object) -> Sandbox:
+        made.append(Sandbox(tmp_path, *tools, **options))  # type: ignore[arg-type]
         return made[-1]
 
     yield make
-    for machine in made:
-        machine.close()
+    for sandbox in made:
+        sandbox.close()
 
 
 @pytest.fixture
-def machine(new_machine: NewMachine) -> Machine:
-    """A machine without Docker, on which the virtual environments are installed already."""
-    return new_machine()
+def sandbox(new_sandbox: NewSandbox) -> Sandbox:
+    """A sandbox without Docker, in which the virtual environments are installed already."""
+    return new_sandbox()
 
 
 @pytest.fixture(scope="session")
-def tier01(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """A machine on which tier 01 is running, as the stand-in, with the resource registered."""
-    running = Machine(tmp_path_factory.mktemp("tier01"))
-    try:
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+    """A sandbox in which the stand-in and the MCP server are running, the resource registered."""
+    with closing(Sandbox(tmp_path_factory.mktemp("servers"))) as running:
         running.serve()
-        wait_until(lambda: status_of("POST", running.mcp_url) == 401, f"tier 01: {running.log}")
-        running.register_resource()
+        wait_until(lambda: status_of("POST", running.mcp_url) == 401, f"servers: {running.log}")
+        running.authserver.register_resource("demo-mcp", running.mcp_url, "mcp:echo")
         yield running
-    finally:
-        running.close()
 
 
 @pytest.fixture
-def beside(new_machine: NewMachine, tier01: Machine) -> Machine:
-    """A machine on which that tier 01 is already running."""
-    return new_machine(ports=tier01.ports)
+def served(new_sandbox: NewSandbox, servers: Sandbox) -> Sandbox:
+    """A sandbox for which those servers are already running."""
+    return new_sandbox(ports=servers.ports)
 
 
 @pytest.fixture
-def credentials(tier01: Machine) -> Iterator[tuple[str, str]]:
-    """A client of tier 01 with the scope `mcp:echo`."""
-    client = tier01.register_client()
+def credentials(servers: Sandbox) -> Iterator[Credentials]:
+    """A client with the scope `mcp:echo`."""
+    client = servers.authserver.register_client()
     yield client
-    tier01.delete_client(client[0])
+    servers.authserver.delete_client(client[0])
 
 
 @pytest.fixture
-def agent_settings(tier01: Machine, credentials: tuple[str, str]) -> dict[str, str]:
-    """The settings with which tier 01 accepts the agent."""
+def agent_settings(servers: Sandbox, credentials: Credentials) -> dict[str, str]:
+    """The settings with which the servers accept the agent."""
     return {
-        "AUTHPLANE_ISSUER": tier01.issuer,
+        "AUTHPLANE_ISSUER": servers.issuer,
         "CLIENT_ID": credentials[0],
         "CLIENT_SECRET": credentials[1],
-        "RESOURCE_URI": tier01.mcp_url,
-        "MCP_URL": tier01.mcp_url,
+        "RESOURCE_URI": servers.mcp_url,
+        "MCP_URL": servers.mcp_url,
         "AUTHPLANE_DEV_MODE": "true",
     }
 
 
 @pytest.fixture(scope="session")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """A machine with Docker; skips the test, but not in CI, where no engine is running."""
-    machine = Machine(tmp_path_factory.mktemp("engine"), *["docker"] * bool(shutil.which("docker")))
-    if not machine.tools or machine.run("docker", "info").returncode:
-        assert "CI" not in os.environ, "no Docker Engine is running"
-        pytest.skip("no Docker Engine is running")
-    yield machine
-    machine.close()
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+    """A sandbox with Docker; skips the test if none is running."""
+    if not shutil.which("docker"):
+        skip("Docker is not installed")
+    with closing(Sandbox(tmp_path_factory.mktemp("engine"), "docker")) as sandbox:
+        if sandbox.run("docker", "info").returncode:
+            skip("no Docker Engine is running")
+        yield sandbox
 
 
 @pytest.fixture(scope="session")
-def stand_in(engine: Machine) -> str:
+def stand_in(engine: Sandbox) -> str:
     """The image of the stand-in, built under a name of its own."""
     tag = f"{engine.name}-authserver"
     engine.docker("build", "--quiet", "--file", "tests/tier01/Dockerfile", "--tag", tag, ".")
     return tag
 
 
-def need_image(request: pytest.FixtureRequest) -> str:
+def authserver_image(engine: Sandbox) -> str:
     """Return the name of the authserver's image; skip the test unless this engine has it."""
-    engine: Machine = request.getfixturevalue("engine")
-    if engine.run("docker", "image", "inspect", REAL_IMAGE).returncode:
-        pytest.skip(f"{REAL_IMAGE} is not here: pull it, to compare the stand-in with it")
-    return REAL_IMAGE
+    default = re.findall("AUTHSERVER_IMAGE=(.*)", (ROOT / ".env.example").read_text())
+    image = os.environ.get("AUTHSERVER_IMAGE") or default[0]
+    if engine.run("docker", "image", "inspect", image).returncode:
+        pytest.skip(f"{image} is not here: pull it, to compare the stand-in with it")
+    return image
 
 
-@pytest.fixture(scope="session", params=["stand-in", REAL_IMAGE])
-def authserver_image(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(scope="session", params=["stand-in", "authserver"])
+def image(request: pytest.FixtureRequest, engine: Sandbox) -> str:
     """The image of the stand-in, and the authserver's if this engine has it."""
-    in_turn = request.getfixturevalue
-    return in_turn("stand_in") if request.param == "stand-in" else need_image(request)
+    if request.param == "stand-in":
+        return request.getfixturevalue("stand_in")
+    return authserver_image(engine)
 
 
 @pytest.fixture

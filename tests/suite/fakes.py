@@ -32,7 +32,7 @@ def message(start: str, headers: dict[str, str], body: bytes) -> bytes:
     return "\r\n".join([start, *fields, "", ""]).encode() + body
 
 
-def http(status: str, body: str | bytes = b"", **headers: str) -> bytes:
+def http_response(status: str, body: str | bytes = b"", **headers: str) -> bytes:
     """Return the bytes of an HTTP response; in the names of headers, _ stands for -."""
     content = body.encode() if isinstance(body, str) else body
     fields = {"content-length": str(len(content)), "connection": "close"}

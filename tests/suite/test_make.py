@@ -2,119 +2,226 @@
 
 import os
 import re
+import shutil
 import signal
+import subprocess
 
 import pytest
 
-from conftest import NewMachine, StartFake
-from fakes import http
-from machine import Machine, status_of, wait_until
+from authserver import status_of
+from conftest import NewSandbox, StartFake
+from fakes import http_response
+from sandbox import ROOT, Sandbox, wait_until
 
 
-def fails(machine: Machine, told: str, **settings: str) -> str:
+def assert_fails(sandbox: Sandbox, told: str, **settings: str) -> str:
     """Check that `make run` fails, leaves nothing, and tells that in its last line; return all."""
-    result = machine.make("run", **settings)
+    result = sandbox.make("run", **settings)
     *_, last = [line for line in result.stderr.splitlines() if ": *** " not in line]
-    assert (result.returncode, machine.left()) == (2, [])
+    assert (result.returncode, sandbox.left()) == (2, [])
     assert told in last
     assert "Traceback" not in result.stderr
     return result.stderr
 
 
 FAILS = {
-    "TIER01=podman: it can be native or docker": {"TIER01": "podman"},
-    "no Docker Engine with Compose v2 is running": {"TIER01": "docker"},
-    "no authorization server at https://auth.invalid": {"ISSUER_URL": "https://auth.invalid"},
+    "TIER01_RUNTIME=podman: it can be native or docker": {"TIER01_RUNTIME": "podman"},
+    "no Docker Engine with Compose v2 is running": {"TIER01_RUNTIME": "docker"},
+    "no authorization server at https://auth.invalid": {"AUTHSERVER_URL": "https://auth.invalid"},
     "set MCP_URL to the same path": {"RESOURCE_URI": "http://localhost/api"},
     "no Python 3.12 or newer": {"PY": "not-there python3", "PYTHONPATH": "old"},
-    "on Debian and Ubuntu python3.": {"PYTHONPATH": "without-venv"},
+    "on Debian and Ubuntu the package python3.": {"PYTHONPATH": "without-venv"},
 }
 PYTHONS = {"old": "sys.version_info = (3, 11)", "without-venv": "sys.modules['ensurepip'] = None"}
 
 
 @pytest.mark.parametrize(("told", "settings"), FAILS.items(), ids=FAILS.keys())
-def test_says_what_to_do(new_machine: NewMachine, told: str, settings: dict[str, str]) -> None:
-    machine = new_machine(prepared=False)
+def test_says_what_to_do(new_sandbox: NewSandbox, told: str, settings: dict[str, str]) -> None:
+    sandbox = new_sandbox(prepared=False)
     for folder, code in PYTHONS.items():
-        (machine.clone / folder).mkdir()
-        (machine.clone / folder / "sitecustomize.py").write_text(f"import sys; {code}")
-    fails(machine, told, **settings)
+        (sandbox.clone / folder).mkdir()
+        (sandbox.clone / folder / "sitecustomize.py").write_text(f"import sys; {code}")
+    assert_fails(sandbox, told, **settings)
 
 
-def test_shows_the_log_of_a_server_that_did_not_start(machine: Machine) -> None:
-    told = "tier 01 did not start: its log ends above"
-    shown = fails(machine, told, ADMIN_URL=machine.issuer)
-    assert f"serve.py: can't listen on :{machine.ports[0]}: Address already in use\n" in shown
+def test_shows_the_log_of_a_server_that_did_not_start(sandbox: Sandbox) -> None:
+    told = "tier 01 did not start: the end of its log is above"
+    shown = assert_fails(sandbox, told, ADMIN_URL=sandbox.issuer)
+    assert f"serve.py: can't listen on :{sandbox.ports[0]}: " in shown
 
 
-def test_suggests_ports_that_are_free(fake: StartFake, machine: Machine) -> None:
-    """The suggested command works as it stands, also for a resource with another path."""
-    issuer, mcp = (fake(lambda _: http("404 Not Found")).url for _ in range(2))
-    settings = {"ISSUER_URL": issuer, "MCP_URL": f"{mcp}/api", "RESOURCE_URI": f"{mcp}/api"}
-    ports = f"{issuer.split(':')[2]} {mcp.split(':')[2]}"
-    shown = fails(machine, f"another program is listening on port {ports}; ", **settings)
-    [command] = re.findall(r", or: (ISSUER_URL=\S+ MCP_URL=\S+ make verify)\n", shown)
-    result = machine.run("bash", "-c", command, **settings)
-    assert result.stdout.endswith("ALL CHECKS PASSED\n"), result
+def test_says_which_port_is_taken(fake: StartFake, sandbox: Sandbox) -> None:
+    issuer = fake(lambda _: http_response("404 Not Found")).url
+    port = issuer.split(":")[2]
+    told = f"listening on port {port}: set AUTHSERVER_URL to another one, such as http://localhost:"
+    assert_fails(sandbox, told, AUTHSERVER_URL=issuer)
+
+
+def installed(sandbox: Sandbox, name: str = ".venv") -> set[str]:
+    found = sandbox.clone.glob(f"{name}/lib/*/site-packages/*.dist-info")
+    return {path.name.split("-")[0].replace("_", "-").lower() for path in found}
 
 
 @pytest.mark.parametrize("arguments", [[], ["UV="]], ids=["uv", "pip"])
-def test_installs_the_pinned_packages(new_machine: NewMachine, arguments: list[str]) -> None:
-    machine = new_machine("uv", prepared=False)
-    half = machine.clone / ".venv/lib/python3/site-packages/half-1.dist-info"
-    half.mkdir(parents=True)  # left by an interrupted run
-    requirements = machine.clone / "tests/requirements/agent.txt"
-    if arguments:  # pip is slow: two packages show that it is used as it should be
-        chosen = re.findall(r"(?ms)^(?:h11|idna)==.*?[^\\]$", requirements.read_text())
-        requirements.write_text("\n".join(chosen))
-    result = machine.make(".venv/ready", *arguments)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout == "installing tests/requirements/agent.txt into .venv\n"
-    found = machine.clone.glob(".venv/lib/*/site-packages/*.dist-info")
-    installed = {path.name.split("-")[0].replace("_", "-").lower() for path in found}
-    pinned = set(re.findall(r"(?m)^([\w.-]+)==", requirements.read_text().lower()))
-    assert {"h11", "idna"} <= installed - {"pip"} <= pinned
-    assert ("pip" in installed) == bool(arguments)
-    assert machine.make("-q", ".venv/ready").returncode == 0
+def test_installs_the_pinned_packages(new_sandbox: NewSandbox, arguments: list[str]) -> None:
+    """Pip is slow: two packages show that it is used as it should be."""
+    sandbox = new_sandbox("uv", prepared=False)
+    requirements = sandbox.clone / "tests/requirements/agent.txt"
+    chosen = re.findall(r"(?ms)^(?:h11|idna)==.*?[^\\]$", requirements.read_text())
+    requirements.write_text("\n".join(chosen))
+    uv = {} if arguments else {"UV": shutil.which("uv", path=str(ROOT / "tests/.venv/bin")) or ""}
+
+    def install(**settings: str) -> subprocess.CompletedProcess[str]:
+        program = ["tests/harness/install.sh", ".venv", "agent"]
+        return sandbox.run(*program, **uv, **settings)
+
+    told = "installing tests/requirements/agent.txt into .venv\n"
+    result = install()
+    assert (result.stdout, result.stderr) == (told, "")
+    assert installed(sandbox) - {"pip"} == {"h11", "idna"}
+    assert ("pip" in installed(sandbox)) == bool(arguments)
+    assert install().stdout == ""
+    requirements.write_text("\n".join(chosen[:1]))
+    assert install().stdout == told
 
 
-def test_life_of_what_run_starts(machine: Machine) -> None:
-    """Two runs at once start one tier 01, a third finds it, and clean ends it."""
-    runs = [machine.start("make", "run") for _ in range(2)]
-    printed = "".join(sorted(run.communicate(timeout=60)[0] for run in runs))
-    running = f"tier 01: {machine.issuer} and {machine.mcp_url}, started by make run\n"
-    waiting = r"waiting for process \d+, which starts or stops tier 01 in this folder\n"
-    assert re.fullmatch(f"{running}{waiting}{running}", printed), printed
-    made = [machine.clone / name for name in (".env", ".tier01/log", ".tier01/pid")]
-    assert [path.stat().st_mode & 0o077 for path in made] == [0, 0, 0]
-    [server] = machine.processes()
-    assert os.getpgid(server.pid) == server.pid  # so the terminal's Ctrl-C does not reach it
-    assert machine.make("run").stdout == running
-    assert machine.processes() == [server]
-    assert "MCP server demo-server" in machine.make("logs").stdout
+def test_mends_an_environment(new_sandbox: NewSandbox) -> None:
+    """One whose Python was upgraded or removed, one that was left half-made, and another PY."""
+    sandbox = new_sandbox("uv", prepared=False)
+    (sandbox.clone / "tests/requirements/agent.txt").write_text("")
+    program = ["tests/harness/install.sh", ".venv", "agent"]
+    uv = str(sandbox.folder / "bin/uv")
+    venv = sandbox.clone / ".venv"
+
+    def heals(what: str, **settings: str) -> None:
+        result = sandbox.run(*program, UV=uv, **settings)
+        assert (result.returncode, result.stderr) == (0, ""), what
+        assert "installing" in result.stdout, what
+        assert sandbox.run(*program, UV=uv, **settings).stdout == "", what
+
+    heals("none")
+    (venv / "bin/python").unlink()
+    (venv / "bin/python").symlink_to("/nowhere/python3")
+    heals("no Python")
+    [library] = (venv / "lib").glob("python3.*")
+    library.rename(venv / "lib/python3.0")
+    heals("the library of an older Python")
+    (venv / "half-made").touch()
+    heals("interrupted")
+    other = sandbox.folder / "bin/python3-other"
+    other.write_text('#!/bin/sh\n[ "$2" ] && echo 3.99\n')
+    other.chmod(0o755)
+    wrong = sandbox.run(*program, UV=uv, PY=str(other))
+    assert "installing" in wrong.stdout
+    heals("the environment of another PY")
+    assert "no Python 3.12 or newer" in sandbox.run(*program, UV=uv, PY="not-there").stderr
+
+
+def test_life_of_what_run_starts(sandbox: Sandbox) -> None:
+    """It is started once, in no need of a terminal or of make, and ended by clean."""
+    printed = sandbox.make("-j2", "run", UV="").stdout  # what is started holds no pipe of make
+    running = f"tier 01: {sandbox.issuer} (stand-in) and {sandbox.mcp_url}, started by make run\n"
+    reason = "no Docker Engine with Compose v2 is running"
+    assert printed == f"starting a stand-in for tier 01 as a process: {reason}\n{running}"
+    private = [sandbox.clone / name for name in (".env", ".started/log", ".started/pid")]
+    assert [path.stat().st_mode & 0o077 for path in private] == [0, 0, 0]
+    [server] = sandbox.processes()
+    assert os.getpgid(server.pid) == server.pid  # so that Ctrl-C in the terminal does not reach it
+    server.send_signal(signal.SIGHUP)
+    assert sandbox.make("run").stdout == running
+    assert sandbox.processes() == [server]
+    assert "MCP server demo-server" in sandbox.make("logs", TIER01_RUNTIME="podman").stdout
     for _ in range(2):
-        assert machine.make("clean").returncode == 0
-        assert machine.left() == []
-        assert not any((machine.clone / name).exists() for name in (".env", ".venv", "tests/.venv"))
-    assert "make run has started nothing from this folder" in machine.make("logs").stderr
+        assert sandbox.make("clean", AUTHSERVER_URL="x", TIER01_RUNTIME="podman").returncode == 0
+        assert sandbox.left() == []
+        made = (".env", ".venv", "tests/.venv")
+        assert not any((sandbox.clone / name).exists() for name in made)
+    assert "make run has started nothing from this folder" in sandbox.make("logs").stderr
 
 
-def test_interrupted_run_leaves_nothing(machine: Machine) -> None:
-    (machine.clone / ".tier01.lock").symlink_to("123456789")  # of a process that was killed
-    run = machine.start("make", "run")
-    wait_until((machine.clone / ".tier01/pid").exists, "the start of tier 01")
+def test_the_server_gets_no_secret_of_others(sandbox: Sandbox) -> None:
+    sandbox.make("run", AWS_SECRET="x", SSL_CERT_FILE="/nowhere", ALL_PROXY="socks5://localhost:1")
+    [server] = sandbox.processes()
+    names = server.environ().keys()
+    assert "AUTHPLANE_ADMIN_API_KEY" in names
+    assert not names & {"AWS_SECRET", "SSL_CERT_FILE", "ALL_PROXY", "AUTHPLANE_SESSION_SECRET"}
+
+
+def test_reads_a_dotenv_with_any_bytes(sandbox: Sandbox) -> None:
+    """FastMCP would read it, too, and stop at bytes that are not UTF-8."""
+    (sandbox.clone / ".env").write_bytes(b"# caf\xe9\n")
+    result = sandbox.make("verify")
+    assert result.stdout.endswith("ALL CHECKS PASSED\n"), result
+
+
+def test_clean_fails_while_the_server_does_not_end(sandbox: Sandbox) -> None:
+    assert sandbox.make("run").returncode == 0
+    [server] = sandbox.processes()
+    server.suspend()
+    result = sandbox.make("clean")
+    assert result.returncode == 2
+    assert f"process {server.pid} does not end" in result.stderr
+    assert (sandbox.clone / "tests/.venv").exists()
+    server.resume()
+    assert sandbox.make("clean").returncode == 0
+    assert sandbox.left() == []
+
+
+def test_clean_ends_no_other_program_of_that_number(sandbox: Sandbox) -> None:
+    other = sandbox.start("sleep", "60")
+    (sandbox.clone / ".started").mkdir()
+    (sandbox.clone / ".started/pid").write_text(str(other.pid))
+    (sandbox.clone / ".started/log").touch()
+    assert sandbox.make("clean").returncode == 0
+    assert other.poll() is None
+    assert not (sandbox.clone / ".started").exists()
+
+
+def test_many_runs_at_once(sandbox: Sandbox) -> None:
+    """One starts the servers, and the others say what to do; a lock that was left, too."""
+    runs = [sandbox.start("make", "run") for _ in range(12)]
+    told: list[str] = []
+    for run in runs:
+        _, errors = run.communicate(timeout=60)
+        told += [errors] if run.returncode else []
+    assert 1 <= len(told) < 12
+    assert all("is at work in this folder: wait for its end" in each for each in told)
+    assert len(sandbox.processes()) == 1
+    (sandbox.clone / ".started.lock").symlink_to("123456789")  # of a process that was killed
+    assert "if it was killed, make clean" in sandbox.make("run").stderr
+    assert sandbox.make("clean").returncode == 0
+    assert sandbox.left() == []
+
+
+@pytest.mark.parametrize("waited_for", [".started.lock", ".started/pid"])
+def test_interrupted_run_leaves_nothing(sandbox: Sandbox, waited_for: str) -> None:
+    run = sandbox.start("make", "run")
+    path = sandbox.clone / waited_for
+    wait_until(lambda: path.is_symlink() or path.exists(), "the start of tier 01")
     os.killpg(run.pid, signal.SIGINT)
     run.communicate(timeout=20)
     assert run.returncode != 0
-    wait_until(lambda: not machine.left(), "the end of what was started")
+    wait_until(lambda: not sandbox.left(), "the end of what was started", 10)
 
 
-def test_leaves_what_it_has_not_made(beside: Machine) -> None:
+def test_leaves_what_it_has_not_made(served: Sandbox) -> None:
     """That is a tier 01 that is already running, all of it, and an edited .env."""
     told = "the response of http://localhost:1/mcp is missing instead of 401"
-    fails(beside, told, MCP_URL="http://localhost:1/mcp")
-    (beside.clone / ".env").write_text("CLIENT_ID=mine\n")
-    assert beside.make("run").stdout.endswith(", already running\n")
-    assert beside.make("clean").returncode == 0
-    assert status_of("POST", beside.mcp_url) == 401
-    assert (beside.clone / ".env").read_text() == "CLIENT_ID=mine\n"
+    assert_fails(served, told, MCP_URL="http://localhost:1/mcp")
+    (served.clone / ".env").write_text("CLIENT_ID=mine\n")
+    assert served.make("run").stdout.endswith(", already running\n")
+    assert served.make("clean").returncode == 0
+    assert status_of("POST", served.mcp_url) == 401
+    assert (served.clone / ".env").read_text() == "CLIENT_ID=mine\n"
+
+
+def test_sandbox_ends_what_was_started(new_sandbox: NewSandbox) -> None:
+    sandbox = new_sandbox()
+    sandbox.start("bash", "-c", "nohup sleep 60 & sleep 60")
+    wait_until(lambda: len(sandbox.processes()) == 3, "three processes")
+    sandbox.close()
+    assert sandbox.left() == []
+
+
+def test_sandbox_has_no_other_tool(sandbox: Sandbox) -> None:
+    assert sandbox.run("bash", "-c", "command -v docker uv git").stdout == ""

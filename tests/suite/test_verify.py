@@ -1,4 +1,4 @@
-"""verify.sh: it passes only for a tier 01 as it should be, and leaves nothing."""
+"""verify.sh: it passes only for servers as they should be, and leaves nothing."""
 
 import base64
 import json
@@ -10,15 +10,17 @@ import subprocess
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from urllib.parse import unquote_plus
 
 import psutil
 import pytest
 
+from authserver import ADMIN_KEY
 from conftest import StartFake
-from fakes import Answer, Change, Handler, Request, http, in_front_of, replacing, when
-from machine import ADMIN_KEY, Machine, wait_until
+from fakes import Answer, Change, Handler, Request, http_response, in_front_of, replacing, when
+from sandbox import Sandbox, wait_until
 
-type Behind = Callable[..., dict[str, str]]
+type Intercept = Callable[..., dict[str, str]]
 
 CHECKS = """\
 ✓ discovery                      200
@@ -38,6 +40,11 @@ CHECKS = """\
 ✓ deleted client: rejected       401 invalid_client
 ALL CHECKS PASSED
 """
+ACCEPTED = "authenticated MCP initialize OK"
+AGENT_SETTINGS = {
+    *("AUTHPLANE_ISSUER", "CLIENT_ID", "CLIENT_SECRET", "RESOURCE_URI", "MCP_URL"),
+    *("MCP_SERVER_NAME", "AUTHPLANE_DEV_MODE"),
+}
 
 
 def masked(output: str) -> str:
@@ -46,93 +53,134 @@ def masked(output: str) -> str:
 
 
 @pytest.fixture
-def behind(fake: StartFake, tier01: Machine) -> Behind:
-    """Return a function: the settings for that tier 01 behind fakes with these changes."""
-    names = ["ISSUER_URL", "ADMIN_URL", "MCP_URL"]
+def intercept(fake: StartFake, servers: Sandbox) -> Intercept:
+    """Return a function: the settings for the servers behind fakes with these changes."""
+    names = ["AUTHSERVER_URL", "ADMIN_URL", "MCP_URL"]
 
     def start(**changes: Change) -> dict[str, str]:
         settings: dict[str, str] = {}
         for name, change in changes.items():
-            server = fake(in_front_of(tier01.ports[names.index(name)], change))
-            settings[name] = server.url + "/mcp" * (name == "MCP_URL")
+            settings[name] = fake(in_front_of(servers.ports[names.index(name)], change)).url
+            if name == "MCP_URL":
+                settings[name] += "/mcp"
         return settings
 
     return start
 
 
-def test_checks_everything_and_leaves_nothing(beside: Machine) -> None:
+def test_checks_everything_and_leaves_nothing(served: Sandbox) -> None:
     """Two runs at once do not disturb each other."""
-    before = beside.clients()
-    runs = [beside.start("./verify.sh") for _ in range(2)]
+    before = served.authserver.clients()
+    runs = [served.start("./verify.sh") for _ in range(2)]
     for run in runs:
         output, errors = run.communicate(timeout=60)
         assert (masked(output), errors, run.returncode) == (CHECKS, "", 0)
-    assert beside.clients() == before
-    assert beside.left() == []
+    assert served.authserver.clients() == before
+    assert served.left() == []
 
 
-def test_reads_settings_from_dotenv_without_executing_it(beside: Machine) -> None:
+def test_holds_in_any_environment(served: Sandbox) -> None:
+    """Proxies, certificates that are missing, and what changes curl, cd and grep."""
+    (served.folder / ".curlrc").write_text("proxy = http://localhost:1\n")
+    proxies = ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy")
+    settings = dict.fromkeys(proxies, "socks5://localhost:1")
+    settings |= {"SSL_CERT_FILE": "/nowhere", "SSL_CERT_DIR": "/nowhere", "NO_PROXY": ""}
+    settings |= {"CDPATH": "/tmp:/", "GREP_OPTIONS": "--color=always"}  # noqa: S108
+    result = served.verify(**settings)
+    assert (masked(result.stdout), result.stderr) == (CHECKS, "")
+
+
+def test_reads_settings_from_dotenv_without_executing_it(served: Sandbox) -> None:
+    """It may have Windows line ends, and bytes that are not UTF-8."""
     lines = [
-        "ISSUER_URL=http://first",
+        "# caf\xe9",
+        "AUTHSERVER_URL=http://first",
         "X=$(touch ran)",
-        f"export ISSUER_URL={beside.issuer}",
+        f"export AUTHSERVER_URL={served.issuer}/",
         "ADMIN_URL=http://localhost:1",
         f'AUTHPLANE_ADMIN_API_KEY="{ADMIN_KEY}"  # a comment',
-        " TIER01 = 'native'",
+        " TIER01_RUNTIME = 'native'",
     ]
-    (beside.clone / ".env").write_text("".join(f"{line}\r\n" for line in lines))
-    told = CHECKS.replace("the issuer is http://localhost:PORT", "TIER01=native")
-    assert masked(beside.verify(ADMIN_URL=beside.admin_url).stdout) == told
-    assert not (beside.clone / "ran").exists()
-    assert "Failed to connect to localhost port 1" in beside.verify().stderr
+    dotenv = served.clone / ".env"
+    dotenv.write_text("".join(f"{line}\r\n" for line in lines), encoding="latin-1")
+    told = CHECKS.replace("the issuer is http://localhost:PORT", "TIER01_RUNTIME=native")
+    result = served.verify(ADMIN_URL=f"{served.authserver.admin_url}/")
+    assert (masked(result.stdout), result.stderr) == (told, "")
+    assert not (served.clone / "ran").exists()
+    assert "no token: rejected" not in served.verify(AUTHSERVER_URL="").stdout
+    assert "registered: expected" in served.verify().stderr
 
 
-def test_colours_only_on_a_terminal(beside: Machine) -> None:
+@pytest.mark.parametrize(
+    ("url", "local"),
+    [
+        ("http://127.0.0.1", True),
+        ("http://localhost:1/a", True),
+        ("http://[::1]:9000", True),
+        ("http://localhost.example", False),
+        ("http://auth.example/?x=://localhost:1", False),
+    ],
+)
+def test_which_issuer_is_on_this_host(sandbox: Sandbox, url: str, local: bool) -> None:
+    script = f". tests/harness/settings.sh; is_local '{url}'"
+    assert sandbox.run("bash", "-c", script).returncode == (0 if local else 1)
+
+
+def test_colours_only_on_a_terminal(served: Sandbox) -> None:
     code = "import os, pty; os._exit(os.waitstatus_to_exitcode(pty.spawn(['./verify.sh'])))"
     settings = {"TERM": "xterm", "MCP_URL": "http://localhost:1"}
-    coloured = beside.run(beside.python, "-c", code, **settings).stdout
+    coloured = served.run("python3", "-c", code, **settings).stdout
     assert "\x1b[32m✓\x1b[0m discovery" in coloured
     assert "\x1b[31m✗\x1b[0m no token" in coloured
-    assert "\x1b" not in beside.run(beside.python, "-c", code, NO_COLOR="1", **settings).stdout
+    assert "\x1b" not in served.run("python3", "-c", code, NO_COLOR="1", **settings).stdout
 
 
-OK = http("200 OK", "{}")
-REFUSED = http("400 Bad Request", json.dumps({"error": "\x1b[31m\r\nALL"}))
-HOSTILE = http("200 OK", json.dumps({"issuer": "ftp://x\x1b[31m\r\nALL"}))
+OK = http_response("200 OK", "{}")
+ERROR = http_response("400 Bad Request", json.dumps({"error": "\x1b[31m\r\nALL" + "\x01" * 5_000}))
+HOSTILE = http_response("200 OK", json.dumps({"issuer": "ftp://x\x1b[31m\r\nALL"}))
+QUERY = http_response("200 OK", json.dumps({"issuer": "http://no.invalid/?x=://localhost:1"}))
 MIB = b"HTTP/1.1 200 OK\r\n\r\n" + bytes(2**20)
 TAMPERED, UNTAMPERED = rb"Bearer .*AAAA\r", rb"(?s)curl/(?!.*AAAA\r).*Bearer "  # by verify.sh
-CLIENT = http("201 Created", json.dumps({"client_id": "../x", "client_secret": "../y"}))
+NO_SECRET = http_response("201 Created", json.dumps({"client_id": "../x"}))
 
 BROKEN: dict[str, dict[str, tuple[Change, str]]] = {
     "MCP_URL": {
         "accepts all": (when(b"", OK), "no token: rejected"),
-        "redirects": (when(b"/mcp HTTP", http("307 No", location="/mcp?x")), "no token: rejected"),
+        "redirects": (
+            when(b"/mcp HTTP", http_response("307 No", location="/mcp?x")),
+            "no token: rejected",
+        ),
         "names no metadata": (replacing(b"resource_meta", b"resource_mega"), "no token: rejected"),
         "wants Basic": (replacing(b": Bearer ", b": Basic  "), "no token: rejected"),
-        "does not respond": (when(b"", b""), "got no response (curl: (52)"),
-        "sends too much": (when(b"", MIB), "got no response"),
+        "closes the connection": (when(b"", b""), "got no response (curl: (52)"),
+        "does not respond": (when(b"", None), "got no response (curl: (28)"),
+        "sends too much": (when(b"", MIB), "got no response (the response is too large)"),
         "is another": (replacing(b"demo-server", b"my_server_1"), "agent: accepted"),
         "accepts tampered tokens": (when(TAMPERED, OK), "tampered token: rejected"),
         "accepts all audiences": (when(UNTAMPERED, OK), "different audience: rejected"),
     },
-    "ISSUER_URL": {
-        "no metadata": (when(b"GET", http("404 Not Found")), "no authorization server at http://"),
+    "AUTHSERVER_URL": {
+        "no metadata": (
+            when(b"GET", http_response("404 Not Found")),
+            "no authorization server at http://",
+        ),
         "no issuer": (replacing(b'"issuer"', b'"iss"   '), "has no issuer"),
-        "HTML": (when(b"GET", http("200 OK", "<p>")), "has no issuer"),
-        "hostile issuer": (when(b"GET", HOSTILE), "ftp://x [31m  ALL is not reachable from this"),
-        "hostile error": (when(b"POST", REFUSED), "token: issued: expected 200, got 400  [31m  AL"),
+        "HTML": (when(b"GET", http_response("200 OK", "<p>")), "has no issuer"),
+        "hostile issuer": (when(b"GET", HOSTILE), "ftp://x [31m  ALL: it must begin with http"),
+        "issuer elsewhere": (when(b"GET", QUERY), "localhost:1 is not reachable from this host"),
+        "hostile error": (when(b"POST", ERROR), "token: issued: expected 200, got 400  [31m  ALL "),
         "400 for a wrong secret": (replacing(b" 401 ", b" 400 "), "wrong secret: rejected"),
         "issues all scopes": (when(b"mcp%3Anot", OK), "scope not granted: rejected"),
         "issues for all resources": (when(b"not-registered", OK), "unknown resource: rejected"),
     },
     "ADMIN_URL": {
         "another key": (
-            when(b"", http("401 No")),
+            when(b"", http_response("401 No")),
             "got 401: are AUTHPLANE_ADMIN_API_KEY",
         ),
         "another uri": (replacing(b'/mcp"', b'/api"'), '/api ["mcp:echo"]'),
         "another scope": (replacing(b"mcp:echo", b"mcp:else"), '/mcp ["mcp:else"]'),
-        "no id": (when(b"POST", CLIENT), "client: registered: expected 201"),
+        "no secret": (when(b"POST", NO_SECRET), "got 201 without client_id and client_secret"),
     },
 }
 
@@ -140,19 +188,21 @@ BROKEN: dict[str, dict[str, tuple[Change, str]]] = {
 @pytest.mark.parametrize(
     ("server", "case"), [(server, case) for server, cases in BROKEN.items() for case in cases]
 )
-def test_fails_for(behind: Behind, beside: Machine, server: str, case: str) -> None:
+def test_fails_for(intercept: Intercept, served: Sandbox, server: str, case: str) -> None:
     """It says why in one line, sends no control character to a terminal, and leaves nothing."""
     change, told = BROKEN[server][case]
-    before = beside.clients()
-    result = beside.verify(**behind(**{server: change}))
+    before = served.authserver.clients()
+    result = served.verify(**intercept(**{server: change}))
     assert result.returncode == 1
-    assert re.fullmatch(r"verify\.sh: .+\n", result.stderr)
-    assert told in result.stderr
-    assert ("✗" in result.stdout) == (": expected " in result.stderr)
+    [error] = [line for line in result.stderr.splitlines() if "was not deleted" not in line]
+    assert error.startswith("verify.sh: ")
+    assert told in error
+    assert len(error) < 1_000
+    assert ("✗" in result.stdout) == (": expected " in error)
     assert "✗" not in "".join(result.stdout.splitlines()[:-1])
     assert (result.stderr + result.stdout).replace("\n", "").isprintable()
-    assert beside.clients() == before
-    assert beside.left() == []
+    assert served.authserver.clients() == before
+    assert served.left() == []
 
 
 STAYS = {
@@ -162,43 +212,71 @@ STAYS = {
 
 
 @pytest.mark.parametrize(("answer", "told"), STAYS.items(), ids=STAYS)
-def test_fails_if_the_client_stays(behind: Behind, beside: Machine, answer: str, told: str) -> None:
-    before = beside.clients()
-    result = beside.verify(**behind(ADMIN_URL=when(b"DELETE", http(answer))))
-    [client] = set(beside.clients()) - set(before)
-    beside.delete_client(client)
+def test_fails_if_the_client_stays(
+    intercept: Intercept, served: Sandbox, answer: str, told: str
+) -> None:
+    before = served.authserver.clients()
+    result = served.verify(**intercept(ADMIN_URL=when(b"DELETE", http_response(answer))))
+    [client] = set(served.authserver.clients()) - set(before)
+    served.authserver.delete_client(client)
     assert result.returncode == 1
     assert re.search(told.format(client), result.stderr)
 
 
-MISSING = {
-    "bin/curl": "curl is missing: install it",
-    "bin/jq": "jq is missing: install it",
-    "clone/.venv": "the agent has no .venv: make run prepares it",
+SETTINGS = {
+    "MCP_URL=localhost:1": "MCP_URL=localhost:1: it must begin with http:// or https://",
+    "TIER01_RUNTIME=podman": "TIER01_RUNTIME=podman: it can be native or docker",
 }
 
 
-@pytest.mark.parametrize(("missing", "told"), MISSING.items(), ids=MISSING)
-def test_says_what_is_missing(beside: Machine, missing: str, told: str) -> None:
-    (beside.folder / missing).unlink()
-    result = beside.verify()
+@pytest.mark.parametrize(("setting", "told"), SETTINGS.items(), ids=SETTINGS)
+def test_says_which_setting_is_wrong(sandbox: Sandbox, setting: str, told: str) -> None:
+    name, value = setting.split("=")
+    assert sandbox.verify(**{name: value}).stderr.startswith(f"verify.sh: {told}")
+
+
+@pytest.mark.parametrize("missing", ["bin/curl", "bin/jq", "clone/.venv"])
+def test_says_what_is_missing(served: Sandbox, missing: str) -> None:
+    """That is a tool, or the agent's packages."""
+    (served.folder / missing).unlink()
+    result = served.verify()
     assert result.returncode == 1
-    assert result.stderr.startswith(f"verify.sh: {told}")
+    name = missing.split("/")[1]
+    told = f": {name} is missing: install it" if name in ("curl", "jq") else "make run prepares"
+    assert told in result.stderr
+    assert served.left() == []
 
 
-def test_speaks_no_other_protocol(behind: Behind, beside: Machine) -> None:
+def test_asks_a_server_only_at_the_url_that_it_names(
+    fake: StartFake, intercept: Intercept, served: Sandbox
+) -> None:
+    """An issuer can't make curl speak another protocol, or send many requests."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(0.1)
-        issuer = f"ftp://127.0.0.1:{listener.getsockname()[1]}"
-        metadata = http("200 OK", json.dumps({"issuer": issuer}))
-        result = beside.verify(**behind(ISSUER_URL=when(b"GET", metadata)))
+        issuer = f"http:file://127.0.0.1:{listener.getsockname()[1]}"
+        metadata = http_response("200 OK", json.dumps({"issuer": issuer}))
+        served.verify(**intercept(AUTHSERVER_URL=when(b"GET", metadata)))
         with pytest.raises(TimeoutError):
             listener.accept()
-    assert f"the issuer {issuer} is not reachable from this host" in result.stderr
+    other = fake(lambda _: http_response("404 Not Found"))
+    issuer = f"{other.url.replace('localhost', '127.0.0.2')}/[1-9]"
+    metadata = http_response("200 OK", json.dumps({"issuer": issuer}))
+    served.verify(**intercept(AUTHSERVER_URL=when(b"GET", metadata)))
+    assert len(other.requests) <= 1
 
 
-def test_looks_again_if_another_run_registers_the_resource(behind: Behind, beside: Machine) -> None:
-    late, created = [http("404 Not Found"), http("409 Conflict")], list[Request]()
+def test_metadata_of_an_issuer_with_a_path(fake: StartFake, sandbox: Sandbox) -> None:
+    server = fake(lambda _: http_response("404 Not Found"))
+    sandbox.verify(AUTHSERVER_URL=f"{server.url}/tenant/")
+    paths = [request.path for request in server.requests]
+    assert paths == ["/.well-known/oauth-authorization-server/tenant"]
+
+
+def test_looks_again_if_another_run_registers_the_resource(
+    intercept: Intercept, served: Sandbox
+) -> None:
+    late = [http_response("404 Not Found"), http_response("409 Conflict")]
+    created: list[Request] = []
 
     def raced(request: Request, forward: Handler) -> Answer:
         if "resources" not in request.path or not late:
@@ -206,50 +284,93 @@ def test_looks_again_if_another_run_registers_the_resource(behind: Behind, besid
         created.append(request)
         return late.pop(0)
 
-    result = beside.verify(**behind(ADMIN_URL=raced))
+    result = served.verify(**intercept(ADMIN_URL=raced))
     assert masked(result.stdout) == CHECKS
     assert json.loads(created[1].body) == {
         "slug": "demo-mcp",
-        "uri": beside.mcp_url,
+        "uri": served.mcp_url,
         "backend_kind": "mint",
         "display_name": "Demo MCP",
         "scopes": [{"name": "mcp:echo", "description": "echo tool"}],
     }
 
 
-def test_older_servers_answer_invalid_scope(behind: Behind, beside: Machine) -> None:
+def test_older_servers_answer_invalid_scope(intercept: Intercept, served: Sandbox) -> None:
     older = replacing(b'"invalid_target"', b'"invalid_scope" ')
-    result = beside.verify(**behind(ISSUER_URL=older))
+    result = served.verify(**intercept(AUTHSERVER_URL=older))
     assert masked(result.stdout) == CHECKS.replace("invalid_target", "invalid_scope")
 
 
-def test_shows_no_secret(behind: Behind, beside: Machine) -> None:
-    """No secret in the arguments of a process, in the output, or in the agent's environment."""
+def basic(client_id: str, secret: str) -> str:
+    return "Basic " + base64.b64encode(f"{client_id}:{secret}".encode()).decode()
+
+
+def test_a_secret_of_any_characters(intercept: Intercept, served: Sandbox) -> None:
+    """It is registered, given to the agent, and sent as RFC 6749, section 2.3.1, says."""
+    registered: list[str] = []
+    odd = "+/=&%: x"
+    agent = served.clone / ".venv/bin/python"  # the real one calls the authorization server itself
+    (served.clone / ".venv").unlink()
+    agent.parent.mkdir(parents=True)
+    agent.write_text(f"#!/bin/sh\necho $CLIENT_SECRET >{served.folder}/seen\necho {ACCEPTED}\n")
+    agent.chmod(0o755)
+
+    def other_secret(request: Request, forward: Callable[[Request], bytes]) -> Answer:
+        response = forward(request)
+        if request.method == "POST":
+            secret = json.loads(response.split(b"\r\n\r\n")[1])["client_secret"]
+            registered.append(secret)
+            response = response.replace(secret.encode(), odd.ljust(len(secret), "+").encode())
+        return response
+
+    def real_secret(request: Request, forward: Handler) -> Answer:
+        scheme, _, value = request.headers.get("authorization", "").partition(" ")
+        if scheme == "Basic":
+            client_id, secret = base64.b64decode(value).decode().split(":")
+            if unquote_plus(secret).startswith(odd):
+                request.headers["authorization"] = basic(client_id, registered[0])
+        return forward(request)
+
+    result = served.verify(**intercept(ADMIN_URL=other_secret, AUTHSERVER_URL=real_secret))
+    assert masked(result.stdout) == CHECKS, result
+    assert (served.folder / "seen").read_text().startswith(odd)
+
+
+def test_shows_no_secret(intercept: Intercept, served: Sandbox) -> None:
+    """No secret is in an argument or in the output; the agent gets its own settings only."""
     answers: list[bytes] = []
 
     def recorded(request: Request, forward: Callable[[Request], bytes]) -> Answer:
         answers.append(forward(request))
         return answers[-1]
 
-    run = beside.start("./verify.sh", **behind(ISSUER_URL=recorded, ADMIN_URL=recorded))
-    arguments, environments = set[str](), list[dict[str, str]]()
+    settings = {"AUTHPLANE_SESSION_SECRET": "a-session-secret", "AUTHPLANE_ADMIN_API_KEY": ADMIN_KEY}
+    settings |= intercept(AUTHSERVER_URL=recorded, ADMIN_URL=recorded)
+    run = served.start("./verify.sh", **settings)
+    arguments: set[str] = set()
+    names: set[str] = set()
     while run.poll() is None:
         for process in psutil.Process(run.pid).children(recursive=True):
             with suppress(psutil.Error):
-                arguments.add(command := " ".join(process.cmdline()))
+                command = " ".join(process.cmdline())
+                arguments.add(command)
                 if command.endswith("agent.py"):
-                    environments.append(process.environ())
+                    names |= process.environ().keys()
+                elif "curl" in command:
+                    assert ADMIN_KEY not in process.environ().values()
     output, errors = run.communicate()
     assert masked(output) == CHECKS
     said = b"\n".join(answers).decode()
     secrets = re.findall(r'"(?:client_secret|access_token)": ?"([^"]+)"', said)
     [client] = re.findall(r'"client_id": ?"([^"]+)"', said)
-    secrets += [ADMIN_KEY, base64.b64encode(f"{client}:{secrets[0]}".encode()).decode()]
+    secrets += [ADMIN_KEY, basic(client, secrets[0])]
     assert len(secrets) == 5
     assert any("curl" in each for each in arguments)
     for secret in secrets:
         assert secret not in output + errors + "".join(arguments)
-    assert {ADMIN_KEY in each.values() for each in environments} == {False}
+    assert names - {"PWD", "SHLVL", "_", "OLDPWD", "LC_CTYPE", "__CF_USER_TEXT_ENCODING"} == (
+        AGENT_SETTINGS
+    )
 
 
 @pytest.mark.parametrize(
@@ -257,16 +378,16 @@ def test_shows_no_secret(behind: Behind, beside: Machine) -> None:
     [
         ("ADMIN_URL", b"POST /admin/clients", signal.SIGINT),
         ("ADMIN_URL", b"POST /admin/clients", signal.SIGTERM),
-        ("ISSUER_URL", b"POST /oauth/token", signal.SIGHUP),
+        ("AUTHSERVER_URL", b"POST /oauth/token", signal.SIGHUP),
         ("MCP_URL", b"Bearer", signal.SIGINT),
         ("MCP_URL", b"Bearer", signal.SIGTERM),
     ],
 )
 def test_cleans_up_when_interrupted(
-    behind: Behind, beside: Machine, server: str, moment: bytes, number: signal.Signals
+    intercept: Intercept, served: Sandbox, server: str, moment: bytes, number: signal.Signals
 ) -> None:
     """The signal comes when the server has acted and has not responded yet."""
-    before = beside.clients()
+    before = served.authserver.clients()
     reached, go_on = threading.Event(), threading.Event()
 
     def slow(request: Request, forward: Handler) -> Answer:
@@ -276,17 +397,17 @@ def test_cleans_up_when_interrupted(
             go_on.wait(20)
         return answer
 
-    run = beside.start("./verify.sh", **behind(**{server: slow}))
+    run = served.start("./verify.sh", **intercept(**{server: slow}))
     assert reached.wait(20)
-    assert len(beside.clients()) == len(before) + 1
+    assert len(served.authserver.clients()) == len(before) + 1
     interrupt(run, number)
     if server != "MCP_URL":  # curl is waited for, the agent is ended
         threading.Timer(0.3, go_on.set).start()
     output, errors = run.communicate(timeout=20)
     assert (run.returncode, errors) == (128 + number, "")
     assert "ALL CHECKS PASSED" not in output
-    assert beside.clients() == before
-    wait_until(lambda: not beside.left(), "the end of every process of the run", 5)
+    assert served.authserver.clients() == before
+    wait_until(lambda: not served.left(), "the end of every process of the run", 5)
 
 
 def interrupt(run: subprocess.Popen[str], number: signal.Signals) -> None:

@@ -1,0 +1,65 @@
+"""Calls to an authorization server, the stand-in or a real authserver: its admin API, and tokens."""
+
+from typing import Any
+
+import httpx
+
+ADMIN_KEY = "dev-admin-key-change-me"
+PLAIN: dict[str, Any] = {"trust_env": False, "verify": False}  # no certificates: all is http
+
+type Credentials = tuple[str, str]  # client id and secret
+
+
+class Authserver:
+    def __init__(self, url: str, admin_url: str) -> None:
+        self.url, self.admin_url = url, admin_url
+
+    def admin(self, method: str, path: str, **options: Any) -> httpx.Response:
+        """Send a request to the admin API."""
+        headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+        url = f"{self.admin_url}/admin/{path}"
+        return httpx.request(method, url, headers=headers, **PLAIN, **options)
+
+    def register_resource(self, slug: str, uri: str, *scopes: str) -> httpx.Response:
+        resource = {
+            "slug": slug,
+            "uri": uri,
+            "backend_kind": "mint",
+            "display_name": slug,
+            "scopes": [{"name": scope, "description": scope} for scope in scopes],
+        }
+        return self.admin("POST", "resources", json=resource)
+
+    def register_client(self, scope: str = "mcp:echo") -> Credentials:
+        client = {
+            "client_name": "test",
+            "grant_types": ["client_credentials"],
+            "token_endpoint_auth_method": "client_secret_basic",
+            "scope": scope,
+        }
+        view = self.admin("POST", "clients", json=client).json()
+        return view["client_id"], view["client_secret"]
+
+    def delete_client(self, client_id: str) -> None:
+        self.admin("DELETE", f"clients/{client_id}", params={"force": "true"})
+
+    def clients(self) -> list[str]:
+        """Return the ids of the registered clients."""
+        return [client["id"] for client in self.admin("GET", "clients").json()]
+
+    def request_token(self, credentials: Credentials, **form: str) -> httpx.Response:
+        """Request an access token with the client_credentials grant, RFC 6749 section 4.4."""
+        data = {"grant_type": "client_credentials"} | form
+        return httpx.post(f"{self.url}/oauth/token", auth=credentials, data=data, **PLAIN)
+
+    def token(self, credentials: Credentials, **form: str) -> str:
+        """Return an access token."""
+        return self.request_token(credentials, **form).json()["access_token"]
+
+
+def status_of(method: str, url: str) -> int:
+    """Return the HTTP status, 0 when nothing responds."""
+    try:
+        return httpx.request(method, url, **PLAIN).status_code
+    except httpx.TransportError:
+        return 0
