@@ -164,7 +164,7 @@ show_logs() {
   if [ -f .started/log ]; then
     tail -n "$1" .started/log
   elif [ -f .started/project ]; then
-    compose logs --no-color --tail "$1"
+    compose logs --no-color --tail "$1" | sed $'s/\e\\[2K//g' # with which Compose 2.26 clears lines, in a pipe, too
   else
     fail "no logs: make run has started nothing from this folder"
   fi

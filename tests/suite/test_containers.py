@@ -42,7 +42,7 @@ def with_proxy(sandbox: Sandbox) -> dict[str, str]:
             (folder / path.name).symlink_to(path)
     file = DOCKER_CONFIG / "config.json"
     config = json.loads(file.read_text()) if file.exists() else {}
-    config["proxies"] = {"default": {"httpProxy": "http://127.0.0.1:1", "noProxy": ""}}
+    config["proxies"] = {"default": {"httpProxy": "http://127.0.0.1:1", "allProxy": "http://127.0.0.1:1"}}
     (folder / "config.json").write_text(json.dumps(config))
     return {"DOCKER_CONFIG": str(folder)}
 
@@ -220,7 +220,7 @@ def test_the_agent_gets_its_own_settings_only(containers: Sandbox) -> None:
     names = {line.split("=")[0] for line in result.stdout.splitlines()}
     of_image = {"PATH", "HOSTNAME", "HOME", "LANG", "SSL_CERT_FILE", "PYTHONUNBUFFERED", "TERM"}
     of_python = {name for name in names if name.startswith(("PYTHON_", "GPG_"))}
-    assert names - of_image - of_python == AGENT_SETTINGS | {"NO_PROXY", "no_proxy"}
+    assert names - of_image - of_python == AGENT_SETTINGS | {"HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"}
 
 
 def test_image_runs_as_nobody_and_has_no_build_tool(containers: Sandbox) -> None:
