@@ -35,7 +35,7 @@ lint: ## Check style, types and shell
 	@tests/.venv/bin/ruff check
 	@tests/.venv/bin/ruff format --check
 	@tests/.venv/bin/pyright
-	@PATH=tests/.venv/bin:$$PATH shellcheck -x verify.sh tests/harness/*.sh .ci/*
+	@PATH=tests/.venv/bin:$$PATH shellcheck -x verify.sh tests/harness/install.sh tests/harness/tier01.sh .ci/*
 
 logs: ## Show the logs of what `make run` has started
 	@tests/harness/tier01.sh logs

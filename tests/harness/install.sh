@@ -2,12 +2,8 @@
 # install.sh FOLDER NAME: installs tests/requirements/NAME.txt into the virtual environment FOLDER, with UV if there is
 # one, else with pip. An environment whose Python is gone, or is not PY, and one that was left half-made, is made anew.
 set -euo pipefail
+. tests/harness/settings.sh
 folder=$1 requirements=tests/requirements/$2.txt installed=$1/installed-$2.txt
-
-fail() {
-  echo "make: $1" >&2
-  exit 1
-}
 
 # version_of PYTHON: prints its version, such as 3.12; fails if there is no such Python, or one that is too old.
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2]); sys.exit(sys.version_info < (3, 12))' 2>/dev/null; }

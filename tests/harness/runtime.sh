@@ -50,20 +50,23 @@ find_network() {
 # run_agent CONTAINER: runs the agent, with its own settings by name and no others; the container gets that name. On this
 # host it gets no proxy and no certificates if both servers are on this host, too.
 run_agent() {
-  local names="AUTHPLANE_ISSUER CLIENT_ID CLIENT_SECRET RESOURCE_URI MCP_URL MCP_SERVER_NAME AUTHPLANE_DEV_MODE"
-  AUTHPLANE_ISSUER=$issuer
+  local connection="HTTP_PROXY http_proxy HTTPS_PROXY https_proxy ALL_PROXY all_proxy SSL_CERT_FILE SSL_CERT_DIR"
+  # a copied .env has the development mode, which is for plain http only
   [[ $issuer = http://* || -n $dev_mode_given ]] || AUTHPLANE_DEV_MODE=''
-  # shellcheck disable=SC2086 # the names are words
   if [ -n "$network" ]; then
     MCP_URL=$NETWORK_MCP_URL
-    export TIER01_NETWORK=$network $names
+    export TIER01_NETWORK=$network
+  elif is_local "$issuer" && is_local "$MCP_URL"; then
+    keep_environment
+  else
+    # shellcheck disable=SC2086 # the names are words
+    keep_environment $connection
+    export NO_PROXY=$no_proxy_list no_proxy=$no_proxy_list
+  fi
+  export AUTHPLANE_ISSUER=$issuer CLIENT_ID CLIENT_SECRET RESOURCE_URI MCP_URL MCP_SERVER_NAME AUTHPLANE_DEV_MODE
+  if [ -n "$network" ]; then
     exec docker compose --env-file /dev/null --profile manual run --rm --no-TTY --name "$1" agent
   else
-    if ! is_local "$issuer" || ! is_local "$MCP_URL"; then
-      NO_PROXY=$no_proxy_list no_proxy=$no_proxy_list
-      names+=" NO_PROXY no_proxy HTTP_PROXY http_proxy HTTPS_PROXY https_proxy ALL_PROXY all_proxy SSL_CERT_FILE SSL_CERT_DIR"
-    fi
-    keep_environment $names
     exec .venv/bin/python agent.py
   fi
 }

@@ -20,9 +20,9 @@ fail() {
 # read_settings: sets each of SETTINGS, and exports none. The environment wins over .env, and .env over .env.example,
 # in which a default may be a comment. The files are read, not executed.
 read_settings() {
-  local LC_ALL=C file line name value given=' ' # the C locale: a file may have any bytes
+  local LC_ALL=C file line name value missing=' ' # the C locale: a file may have any bytes
   for name in $SETTINGS; do
-    [ -z "${!name+set}" ] || given+="$name "
+    [ -n "${!name+set}" ] || missing+="$name "
     export -n "${name?}"
   done
   dev_mode_given=${AUTHPLANE_DEV_MODE+yes}
@@ -33,7 +33,7 @@ read_settings() {
       [ "$file" = .env ] || line=${line#\# }
       [[ $line =~ ^[[:space:]]*(export[[:space:]]+)?([A-Z0-9_]+)[[:space:]]*=[[:space:]]*(.*)$ ]] || continue
       name=${BASH_REMATCH[2]} value=${BASH_REMATCH[3]}
-      [[ " $SETTINGS " =~ [[:space:]]$name[[:space:]] && $given != *" $name "* ]] || continue
+      [[ $missing = *" $name "* ]] || continue
       case $value in
         \"*\"*) value=${value#\"} && value=${value%%\"*} ;;
         \'*\'*) value=${value#\'} && value=${value%%\'*} ;;
@@ -48,9 +48,12 @@ read_settings() {
   done
 }
 
-# check_settings: ends the run if a setting can't be right; a trailing slash is removed.
+# check_settings: ends the run if a tool is missing, or if a setting can't be right; a trailing slash is removed.
 check_settings() {
   local name
+  for name in curl jq; do
+    command -v "$name" >/dev/null || fail "$name is missing: install it, for example with apt-get or brew install $name"
+  done
   for name in AUTHSERVER_URL ADMIN_URL MCP_URL; do
     [[ ${!name} =~ ^https?://[^/?#]+ ]] || fail "$name=${!name}: it must begin with http:// or https:// and a host"
   done
@@ -58,21 +61,12 @@ check_settings() {
   AUTHSERVER_URL=${AUTHSERVER_URL%/} ADMIN_URL=${ADMIN_URL%/}
 }
 
-# need_tools TOOL…: ends the run unless they are installed.
-need_tools() {
-  local tool
-  for tool in "$@"; do
-    command -v "$tool" >/dev/null || fail "$tool is missing: install it, for example with apt-get or brew install $tool"
-  done
-}
-
-# keep_environment NAME…: exports these, and nothing else.
+# keep_environment NAME…: of what is exported, keeps these only.
 keep_environment() {
   local name
   for name in $(compgen -e); do
-    export -n "${name?}"
+    [[ " $* " = *" $name "* ]] || export -n "${name?}"
   done
-  export "$@"
 }
 
 # is_local URL: true if its host is this machine.

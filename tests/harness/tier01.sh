@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Tier 01 for a machine where none is running, and the agent's packages or image: tier01.sh start | logs | clean.
-# The folder .started has what was started: the authorization server's kind, and a log and a pid or a Compose project.
+# The folder .started has what was started: a pid and a log, or a Compose project.
 set -euo pipefail
 umask 077
 unset CDPATH
@@ -34,7 +34,9 @@ server_running() {
 # responding: true if both servers respond as they should.
 responding() {
   call_mcp ''
-  [ "$status" = 401 ] && request_metadata "$AUTHSERVER_URL" && [ "$status" = 200 ]
+  [ "$status" = 401 ] || return
+  request_metadata "$AUTHSERVER_URL"
+  [ "$status" = 200 ]
 }
 
 # find_ports: sets AUTHSERVER_PORT, ADMIN_PORT and MCP_PORT; ends the run unless tier 01 can be started there.
@@ -72,16 +74,14 @@ start_process() {
   echo "starting a stand-in for tier 01 as a process: $why_native"
   tests/harness/install.sh tests/.venv tier01
   mkdir .started
-  echo "stand-in" >.started/authserver
   set -m # in a process group of its own, which Ctrl-C in this terminal does not reach
   (
     trap '' HUP
-    AUTHPLANE_SERVER_ISSUER=$AUTHSERVER_URL AUTHPLANE_ISSUER=$AUTHSERVER_URL AUTHPLANE_DEV_MODE=true
-    AUTHPLANE_SERVER_ADDRESS=:$AUTHSERVER_PORT AUTHPLANE_ADMIN_ADDRESS=:$ADMIN_PORT MCP_ADDRESS=:$MCP_PORT
-    FASTMCP_ENV_FILE=/dev/null # FastMCP would read .env
-    keep_environment HOME TOKEN_SECONDS AUTHPLANE_SERVER_ISSUER AUTHPLANE_ISSUER AUTHPLANE_DEV_MODE \
-      AUTHPLANE_SERVER_ADDRESS AUTHPLANE_ADMIN_ADDRESS MCP_ADDRESS FASTMCP_ENV_FILE \
-      AUTHPLANE_ADMIN_API_KEY RESOURCE_URI MCP_SERVER_NAME MCP_SCOPE
+    keep_environment HOME TOKEN_SECONDS
+    export AUTHPLANE_SERVER_ISSUER=$AUTHSERVER_URL AUTHPLANE_ISSUER=$AUTHSERVER_URL AUTHPLANE_DEV_MODE=true
+    export AUTHPLANE_SERVER_ADDRESS=:$AUTHSERVER_PORT AUTHPLANE_ADMIN_ADDRESS=:$ADMIN_PORT MCP_ADDRESS=:$MCP_PORT
+    export AUTHPLANE_ADMIN_API_KEY RESOURCE_URI MCP_SERVER_NAME MCP_SCOPE
+    export FASTMCP_ENV_FILE=/dev/null # otherwise FastMCP reads .env
     exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&- # a pipe of make, which would wait for its end
     exec tests/.venv/bin/python "$PWD/tests/tier01/serve.py" >.started/log 2>&1 </dev/null
   ) &
@@ -92,7 +92,6 @@ start_process() {
 start_containers() {
   echo "starting tier 01 in containers; the image of the MCP server is built first"
   mkdir .started
-  echo "$AUTHSERVER_IMAGE" >.started/authserver
   echo "${COMPOSE_PROJECT_NAME:-02-calling-another-resource}-tier01-$RANDOM$RANDOM" >.started/project
   PYTHON_IMAGE=$PYTHON_IMAGE logged compose build ||
     fail "the image of the MCP server was not built: the end of its log is above"
@@ -122,7 +121,7 @@ start_tier01() {
 }
 
 start() {
-  local authserver=$AUTHSERVER_URL by="already running"
+  local what by="started by make run"
   request_metadata "$AUTHSERVER_URL"
   [ "$status" = 200 ] || start_tier01
   find_runtime
@@ -134,11 +133,15 @@ start() {
   fi
   call_mcp ''
   [ "$status" = 401 ] || fail "there is an authorization server at $AUTHSERVER_URL, but the response of $MCP_URL is ${status/000/missing} instead of 401: set MCP_URL, or run make clean first"
-  if server_running || [ -n "$(started_containers)" ]; then
-    authserver+=" ($(cat .started/authserver))" by="started by make run"
+  if server_running; then
+    what=" (stand-in)"
+  elif [ -n "$(started_containers)" ]; then
+    what=" ($AUTHSERVER_IMAGE)"
+  else
+    what='' by="already running"
   fi
   starting=''
-  echo "tier 01: $authserver and $MCP_URL, $by"
+  echo "tier 01: $AUTHSERVER_URL$what and $MCP_URL, $by"
 }
 
 # stop: ends what was started from this folder, and nothing else. If something does not end, it says so, keeps .started
@@ -146,7 +149,10 @@ start() {
 stop() {
   if server_running; then
     kill "$pid"
-    for _ in {1..50}; do server_running && sleep 0.1 || break; done
+    for _ in {1..50}; do
+      server_running || break
+      sleep 0.1
+    done
     if server_running; then
       echo "tier01.sh: process $pid does not end: kill -KILL $pid, then make clean" >&2
       return 1
@@ -170,12 +176,6 @@ show_logs() {
   fi
 }
 
-remove_agent_image() {
-  local image
-  image=$(agent_compose config --images)
-  ! docker image inspect "$image" >/dev/null 2>&1 || docker image rm "$image" >/dev/null
-}
-
 # clean_up: removes what this run has started if it fails, and its lock; others' locks name another process.
 clean_up() {
   local result=$?
@@ -193,7 +193,6 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 case ${1-} in
   start)
-    need_tools curl jq
     read_settings
     check_settings
     ln -s $$ .started.lock 2>/dev/null ||
@@ -203,7 +202,7 @@ case ${1-} in
   logs) show_logs 100 ;;
   clean)
     stop
-    ! docker_running || remove_agent_image
+    ! docker_running || logged agent_compose down --rmi local
     rm -f .started.lock
     ;;
   *) fail "it takes start, logs or clean" ;;

@@ -126,15 +126,6 @@ def test_which_issuer_is_on_this_host(sandbox: Sandbox, url: str, local: bool) -
     assert sandbox.run("bash", "-c", script).returncode == (0 if local else 1)
 
 
-def test_colours_only_on_a_terminal(served: Sandbox) -> None:
-    code = "import os, pty; os._exit(os.waitstatus_to_exitcode(pty.spawn(['./verify.sh'])))"
-    settings = {"TERM": "xterm", "MCP_URL": "http://localhost:1"}
-    coloured = served.run("python3", "-c", code, **settings).stdout
-    assert "\x1b[32m✓\x1b[0m discovery" in coloured
-    assert "\x1b[31m✗\x1b[0m no token" in coloured
-    assert "\x1b" not in served.run("python3", "-c", code, NO_COLOR="1", **settings).stdout
-
-
 OK = http_response("200 OK", "{}")
 ERROR = http_response("400 Bad Request", json.dumps({"error": "\x1b[31m\r\nALL" + "\x01" * 5_000}))
 HOSTILE = http_response("200 OK", json.dumps({"issuer": "ftp://x\x1b[31m\r\nALL"}))
