@@ -2,63 +2,83 @@
 
 import asyncio
 import json
+import logging
 import re
-from contextlib import redirect_stderr, suppress
 from os import environ
 
 import httpx
 
 REQUIRED = ["MCP_URL"]
-VERSION, CLIENT_INFO = "2025-11-25", {"name": "demo-agent", "version": "0.1.0"}
-PARAMS = {"protocolVersion": VERSION, "capabilities": {}, "clientInfo": CLIENT_INFO}
+CLIENT_INFO = {"name": "demo-agent", "version": "0.1.0"}
+PARAMS = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": CLIENT_INFO}
 INITIALIZE = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": PARAMS}
-EVENT_END, DATA = re.compile(rb"(?>\r\n|\r|\n){2}"), re.compile(rb"(?<![^\r\n])data:([^\r\n]*)")
+WAIT_SECONDS = 10  # for a connection, and for each part of a response
+TOTAL_SECONDS = 30
 
 
-async def read_response(response: httpx.Response) -> object:
-    """Return the first JSON-RPC response with our id of an SSE stream, else the JSON body."""
+async def read_response(response: httpx.Response, limit: int = 256 * 1024) -> object:
+    """Return the JSON body, or the first JSON-RPC response with our id of an SSE stream."""
     if response.status_code != 200:
         details = response.headers.get("WWW-Authenticate") or response.headers.get("Location", "")
         raise ValueError(f"{response.status_code} {response.reason_phrase} {details}")
-    body, start, chunks = b"", 0, 0
+    is_stream = response.headers.get("Content-Type", "").lower().startswith("text/event-stream")
+    body = bytearray()
     async for chunk in response.aiter_bytes():
-        # a tiny chunk costs time as well, so that each counts 16 bytes more
-        if len(body := body + chunk) + 16 * (chunks := chunks + 1) > 256 * 1024:
+        limit -= len(chunk) + 16  # a chunk costs time, however small it is
+        if limit < 0:
             raise ValueError("the response exceeds 256 KiB")
-        # what ends an event may have begun in the chunk before
-        while end := EVENT_END.search(body, max(start, len(body) - len(chunk) - 3)):
-            data, start = b"\n".join(DATA.findall(body, start, end.start())), end.end()
-            match json.loads(data.strip() or b"null"):
-                case {"id": 1, "result": _} | {"id": 1, "error": _} as reply:
-                    return reply
+        for byte in chunk:
+            body.append(byte)
+            # an event ends with a blank line; that of CR LF CR LF is seen at its LF CR
+            if is_stream and body.endswith((b"\n\n", b"\n\r", b"\r\r")):
+                data = [line[5:] for line in body.splitlines() if line.startswith(b"data:")]
+                body.clear()
+                match json.loads(b"\n".join(data).strip() or b"null"):
+                    case {"id": 1, "result": _} | {"id": 1, "error": _} as reply:
+                        return reply
+    if is_stream:
+        raise ValueError("the stream ended without a response")
     return json.loads(body)
 
 
 async def main() -> str | None:
     """Print the response of the expected server, or return the one line that says what failed."""
-    step, headers = "settings", {"Accept": "application/json, text/event-stream"}
+    unset = [name for name in REQUIRED if not environ.get(name)]
+    if unset:
+        return f"agent: settings: {', '.join(unset)} not set"
+    url = environ["MCP_URL"]
+    server = environ.get("MCP_SERVER_NAME") or "demo-server"
+    headers = {"Accept": "application/json, text/event-stream"}
+    step = "HTTP client (check SSL_CERT_FILE, SSL_CERT_DIR, HTTP_PROXY, HTTPS_PROXY, ALL_PROXY)"
     try:
-        if unset := [name for name in REQUIRED if not environ.get(name)]:
-            raise ValueError(f"{', '.join(unset)} not set")
-        async with asyncio.timeout(30), httpx.AsyncClient(timeout=10) as http:
-            url = environ["MCP_URL"]
-            step, server = f"initialize at {url}", environ.get("MCP_SERVER_NAME") or "demo-server"
+        async with asyncio.timeout(TOTAL_SECONDS), httpx.AsyncClient(timeout=WAIT_SECONDS) as http:
+            step = f"initialize at {url}"
             async with http.stream("POST", url, json=INITIALIZE, headers=headers) as response:
                 reply = await read_response(response)
-            if session := response.headers.get("Mcp-Session-Id"):
-                headers |= {"Mcp-Session-Id": session, "MCP-Protocol-Version": VERSION}
-                # the response is not read; 405 means that the server ends its sessions by itself
+            match reply:
+                case {"id": 1, "result": {"serverInfo": {"name": str(name)}}} if name == server:
+                    print(json.dumps(reply), "MCP initialize OK", sep="\n")
+                case _:
+                    raise ValueError(f"no result.serverInfo.name {server!r} in {json.dumps(reply)}")
+            session = response.headers.get("Mcp-Session-Id")
+            if session:
+                headers |= {"Mcp-Session-Id": session, "MCP-Protocol-Version": "2025-11-25"}
                 await http.send(http.build_request("DELETE", url, headers=headers), stream=True)
-        match reply:
-            case {"id": 1, "result": {"serverInfo": {"name": str(name)}}} if name == server:
-                return print(json.dumps(reply), "MCP initialize OK", sep="\n")
-        raise ValueError(f"no result.serverInfo.name {server!r} in {json.dumps(reply)}")
-    except Exception as e:
-        why = next(type(x).__name__ for x in (e.__cause__, e) if isinstance(x, Exception))
-        return re.sub("[^ -~]", " ", f"agent: {step}: {e!s:.500} ({getattr(e, 'code', why)})"[:999])
+    except Exception as error:
+        if (
+            "Mcp-Session-Id" not in headers
+        ):  # else the reply was right, and the session's end failed
+            kind = getattr(error, "code", type(error).__name__)
+            reason = "" if str(error.__cause__ or error) else "no complete response"
+            # printable ASCII only, since a server may have chosen the text
+            return re.sub("[^ -~]", " ", f"agent: {step}: {error!s:.500}{reason} ({kind})"[:999])
+    return None
 
 
 if __name__ == "__main__":
-    with suppress(KeyboardInterrupt), redirect_stderr(None):  # libraries log what they also raise
+    logging.disable()  # the SDK logs what it also raises
+    logging.captureWarnings(True)  # and imports a deprecated module
+    try:
         raise SystemExit(asyncio.run(main()))
-    raise SystemExit(130)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

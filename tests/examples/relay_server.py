@@ -2,38 +2,55 @@
 
 import asyncio
 import os
-import warnings
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
 
+import uvicorn
+from authplane import ASCredentials
+from authplane_fastmcp import authplane_auth
 from fastmcp import Client, FastMCP
 from fastmcp.server.auth import require_scopes
 
-with warnings.catch_warnings(record=True):  # the SDK imports authlib.jose, which is deprecated
-    from authplane import ASCredentials
-    from authplane_fastmcp import authplane_auth
-
-    from resource_auth import ResourceAuth
+from resource_auth import ResourceAuth
 
 
 async def main() -> None:
     """Serve `/mcp` until SIGINT or SIGTERM."""
+    # created once: its client keeps the authorization server's keys, and access tokens
     protection = await authplane_auth(
         issuer=os.environ["AUTHPLANE_ISSUER"],
         base_url=os.environ["AUTHPLANE_BASE_URL"],
         scopes=["mcp:relay"],
         as_credentials=ASCredentials(os.environ["CLIENT_ID"], os.environ["CLIENT_SECRET"]),
     )
-    server = FastMCP("relay-server", auth=protection.auth)
     auth = ResourceAuth(protection.client, ["mcp:echo"], os.environ["RESOURCE_URI"])
 
-    @server.tool(auth=require_scopes("mcp:relay"))
-    async def relay(text: str) -> str:  # pyright: ignore[reportUnusedFunction]
+    @asynccontextmanager
+    async def lifespan(_: FastMCP) -> AsyncGenerator[None]:
+        try:
+            yield
+        finally:
+            await protection.aclose()
+
+    # the details of an error can contain internal addresses: they stay in the log
+    server = FastMCP(
+        "relay-server", auth=protection.auth, lifespan=lifespan, mask_error_details=True
+    )
+
+    async def relay(text: str) -> str:
         """Return the result of the other server's echo tool."""
         async with Client(os.environ["MCP_URL"], auth=auth) as other:
-            return (await other.call_tool("echo", {"text": text})).data
+            result = await other.call_tool("echo", {"text": text})
+        return result.data
 
-    await server.run_http_async(port=int(os.environ["PORT"]), show_banner=False)
-    await protection.aclose()
+    # the time limit, in seconds, includes the wait for a token
+    server.tool(relay, auth=require_scopes("mcp:relay"), timeout=15)
+
+    # on SIGTERM, FastMCP's own run() ends the process before the lifespan can close the client
+    config = uvicorn.Config(server.http_app(), port=int(os.environ["PORT"]))
+    await uvicorn.Server(config).serve()
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    with suppress(KeyboardInterrupt):
+        asyncio.run(main())

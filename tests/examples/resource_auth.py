@@ -1,22 +1,31 @@
 import asyncio
 from collections.abc import AsyncGenerator
+from typing import NoReturn
 
 from authplane import AuthplaneClient
-from httpx import Auth, Request
+from httpx import Auth, Request  # from httpx2 with FastMCP 4 or MCP SDK 2
 
 
 class ResourceAuth(Auth):
-    """Sends each request of an httpx.AsyncClient with a valid token for one resource (RFC 8707).
+    """Sends each request of an AsyncClient with an access token for one resource (RFC 8707).
 
-    Raises authplane.AuthplaneError if the authorization server issues none.
+    For a client of that one server: the token goes wherever the client calls. For one event loop.
+    A request raises authplane.AuthplaneError if no token is issued, httpx.RequestError (also with
+    httpx2) if the authorization server doesn't respond, and after five such failures
+    authplane.CircuitOpenError, for 30 seconds.
     """
 
     def __init__(self, client: AuthplaneClient, scopes: list[str], resource: str) -> None:
-        self.client, self.scopes, self.resources = client, scopes, [resource]
+        self.client = client
+        self.scopes = scopes
+        self.resource = resource
         self.lock = asyncio.Lock()
 
     async def async_auth_flow(self, request: Request) -> AsyncGenerator[Request, object]:
-        async with self.lock:  # one of many concurrent calls fills the client's cache
-            token = await self.client.client_credentials(self.scopes, self.resources)
+        async with self.lock:  # one of many concurrent calls requests the token
+            token = await self.client.client_credentials(self.scopes, [self.resource])
         request.headers["Authorization"] = f"Bearer {token.access_token}"
         yield request
+
+    def sync_auth_flow(self, request: Request) -> NoReturn:
+        raise RuntimeError("ResourceAuth works with an AsyncClient only")

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from authserver import Credentials, status_of
+os.environ["FASTMCP_ENV_FILE"] = os.devnull  # otherwise FastMCP reads ./.env
+
+from authserver_client import Credentials, status_of
 from fakes import Fake, Handler
 from sandbox import ROOT, Sandbox, wait_until
 

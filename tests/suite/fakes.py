@@ -2,6 +2,7 @@
 
 import re
 import socket
+import struct
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from http.client import parse_headers
@@ -11,6 +12,9 @@ from typing import Any, NamedTuple
 type Answer = bytes | Iterable[bytes] | None
 type Handler = Callable[[Request], Answer]
 type Change = Callable[[Request, Callable[[Request], bytes]], Answer]
+
+RESET = b"RST"  # this object, as the answer: the connection is reset
+NO_LINGER = struct.pack("ii", 1, 0)
 
 
 class Request(NamedTuple):
@@ -54,7 +58,10 @@ class Fake(ThreadingTCPServer):
         self.serve_forever(poll_interval=0.02)
 
     def finish_request(self, request: Any, client_address: object) -> None:
-        """Answer one request; with None as the answer, keep the connection open."""
+        """Answer one request; with None as the answer, keep the connection open.
+
+        With `RESET`, it is reset instead of closed.
+        """
         with request.makefile("rb") as incoming:
             if not (line := incoming.readline().decode()):
                 return  # only looked whether something listens
@@ -63,6 +70,10 @@ class Fake(ThreadingTCPServer):
             body = incoming.read(int(headers.get("content-length", "0")))
         self.requests.append(Request(method, path, headers, body))
         answer = self.handler(self.requests[-1])
+        if answer is RESET:
+            request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+            request.close()
+            return
         with suppress(OSError):
             for part in [answer] if isinstance(answer, bytes) else answer or []:
                 request.sendall(part)

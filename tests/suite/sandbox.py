@@ -1,4 +1,4 @@
-"""What a test may use: a clone, tools, ports and names of its own, and an end for what it starts."""
+"""What a test may use: a clone, tools, ports and names of its own; what it starts is ended."""
 
 import os
 import random
@@ -9,13 +9,13 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import psutil
 
-from authserver import ADMIN_KEY, Authserver
+from authserver_client import ADMIN_KEY, Authserver
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / "tests/.venv/bin/python"
@@ -110,8 +110,8 @@ class Sandbox:
         }
         return kept | own | settings
 
-    def start(
-        self, *command: str | Path, log: Path | None = None, **settings: str
+    def popen(
+        self, command: Sequence[str | Path], settings: Mapping[str, str], log: Path | None = None
     ) -> subprocess.Popen[str]:
         """Start a program in the clone, in a session of its own, by which it is found."""
         with log.open("w") if log else nullcontext() as output:
@@ -127,6 +127,9 @@ class Sandbox:
             )
         self.started.append(process)
         return process
+
+    def start(self, *command: str | Path, **settings: str) -> subprocess.Popen[str]:
+        return self.popen(command, settings)
 
     def run(self, *command: str | Path, **settings: str) -> subprocess.CompletedProcess[str]:
         """Run a program in the clone; return its exit status and what it printed."""
@@ -160,7 +163,7 @@ class Sandbox:
             "MCP_ADDRESS": f":{mcp}",
         }
         program = [PYTHON, "tests/tier01/serve.py", *part]
-        return self.start(*program, log=self.log, **(defaults | settings))
+        return self.popen(program, defaults | settings, self.log)
 
     def processes(self) -> list[psutil.Process]:
         """Return the processes that were started here, and theirs, and have not ended."""

@@ -7,10 +7,11 @@ import signal
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from authserver import ADMIN_KEY
+from authserver_client import ADMIN_KEY
 from conftest import NewSandbox
 from sandbox import Sandbox, wait_until
 from test_verify import AGENT_SETTINGS, CHECKS, interrupt, masked
@@ -41,8 +42,10 @@ def with_proxy(sandbox: Sandbox) -> dict[str, str]:
         if path.name != "config.json":
             (folder / path.name).symlink_to(path)
     file = DOCKER_CONFIG / "config.json"
-    config = json.loads(file.read_text()) if file.exists() else {}
-    config["proxies"] = {"default": {"httpProxy": "http://127.0.0.1:1", "allProxy": "http://127.0.0.1:1"}}
+    config: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    config["proxies"] = {
+        "default": {"httpProxy": "http://127.0.0.1:1", "allProxy": "http://127.0.0.1:1"}
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return {"DOCKER_CONFIG": str(folder)}
 
@@ -113,14 +116,14 @@ def test_starts_the_stand_in_if_the_image_cannot_be_pulled(new_sandbox: NewSandb
 
 
 @pytest.mark.parametrize("name", ["tier01", "agent"])
-def test_shows_why_an_image_is_not_built(
-    new_sandbox: NewSandbox, stand_in: str, name: str
-) -> None:
+def test_shows_why_an_image_is_not_built(new_sandbox: NewSandbox, stand_in: str, name: str) -> None:
     sandbox = new_sandbox("docker", image=stand_in)
     (sandbox.clone / f"tests/requirements/{name}.txt").write_text("not-in-any-index==0\n")
     result = sandbox.make("run")
     assert result.returncode == 2
-    assert "image" in result.stderr and "was not built: the end of its log is above" in result.stderr
+    assert (
+        "image" in result.stderr and "was not built: the end of its log is above" in result.stderr
+    )
     assert "not-in-any-index" in result.stderr
     assert sandbox.left() == []
 
@@ -220,7 +223,12 @@ def test_the_agent_gets_its_own_settings_only(containers: Sandbox) -> None:
     names = {line.split("=")[0] for line in result.stdout.splitlines()}
     of_image = {"PATH", "HOSTNAME", "HOME", "LANG", "SSL_CERT_FILE", "PYTHONUNBUFFERED", "TERM"}
     of_python = {name for name in names if name.startswith(("PYTHON_", "GPG_"))}
-    assert names - of_image - of_python == AGENT_SETTINGS | {"HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"}
+    assert names - of_image - of_python == AGENT_SETTINGS | {
+        "HTTP_PROXY",
+        "http_proxy",
+        "ALL_PROXY",
+        "all_proxy",
+    }
 
 
 def test_image_runs_as_nobody_and_has_no_build_tool(containers: Sandbox) -> None:

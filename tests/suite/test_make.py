@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from authserver import status_of
+from authserver_client import status_of
 from conftest import NewSandbox, StartFake
 from fakes import http_response
 from sandbox import ROOT, Sandbox, wait_until

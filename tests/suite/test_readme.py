@@ -8,7 +8,7 @@ from base64 import urlsafe_b64decode
 import pytest
 from authplane import AuthplaneClient
 
-from authserver import Credentials
+from authserver_client import Credentials
 from conftest import NewSandbox, StartFake, authserver_image
 from fakes import http_response
 from sandbox import ROOT, Sandbox
@@ -251,7 +251,9 @@ def test_step_by_step_with_the_cli(new_sandbox: NewSandbox, engine: Sandbox) -> 
     sandbox = new_sandbox("docker", image=authserver_image(engine))
     image = sandbox.docker("image", "inspect", authserver_image(engine))
     if "/authserver" not in json.loads(image)[0]["Config"]["Entrypoint"]:
-        pytest.skip("the authserver's image is not here: AUTHSERVER_IMAGE is the stand-in, which has no CLI")
+        pytest.skip(
+            "the authserver's image is not here: AUTHSERVER_IMAGE is the stand-in, which has no CLI"
+        )
     follow(sandbox, by_hand_in_containers())
 
 

@@ -1,97 +1,213 @@
-"""The part for production: one token for many calls, a new one in time, and one clear error."""
+"""What a server needs: one token for many calls, a new one in time, and errors that say enough."""
 
 import asyncio
+import signal
 import warnings
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
+from uuid import uuid4
 
 import httpx
+import httpx2
 import pytest
 from fastmcp import Client
 
-from machine import Machine, status_of, wait_until
+from authserver_client import PLAIN, Credentials, status_of
+from conftest import StartFake
+from fakes import http_response
 from plain_agent import INITIALIZE
+from sandbox import PYTHON, ROOT, Sandbox, wait_until
 
 with warnings.catch_warnings(record=True):  # the SDK imports authlib.jose, which is deprecated
-    from authplane import ASCredentials, AuthplaneClient, InvalidClientError
-
-    from resource_auth import ResourceAuth
+    from authplane import (
+        ASCredentials,
+        AuthplaneClient,
+        CircuitOpenError,
+        FetchSettings,
+        InvalidClientError,
+        InvalidScopeError,
+    )
 
 pytestmark = pytest.mark.anyio
 CALLS = 100
 HEADERS = {"Accept": "application/json, text/event-stream"}
+LIBRARIES = pytest.mark.parametrize("library", [httpx, httpx2])
+OTHER_RESOURCE = "http://other.example/mcp"
+# The relay server, which also says when the client has been closed
+RELAY = """
+import runpy
+from authplane import AuthplaneClient
+
+aclose = AuthplaneClient.aclose
+
+async def closing(client):
+    await aclose(client)
+    print("the client is closed", flush=True)
+
+AuthplaneClient.aclose = closing
+runpy.run_path("tests/examples/relay_server.py", run_name="__main__")
+"""
 
 
-def token_requests(tier01: Machine, status: int = 200) -> int:
-    return tier01.log.read_text().count(f'"POST /oauth/token HTTP/1.1" {status}')
+def token_requests(servers: Sandbox, status: int = 200) -> int:
+    return servers.log.read_text().count(f'"POST /oauth/token HTTP/1.1" {status}')
+
+
+def resource_auth(client: AuthplaneClient, resource: str, library: Any = httpx) -> Any:
+    """Return a ResourceAuth; README.md says to change its import for another library."""
+    source = (ROOT / "tests/examples/resource_auth.py").read_text()
+    source = source.replace("from httpx import", f"from {library.__name__} import")
+    names: dict[str, Any] = {}
+    exec(source, names)  # noqa: S102
+    return names["ResourceAuth"](client, ["mcp:echo"], resource)
 
 
 @asynccontextmanager
 async def calling(
-    tier01: Machine, credentials: tuple[str, str], resource: str = ""
+    servers: Sandbox,
+    credentials: Credentials,
+    resource: str = "",
+    library: Any = httpx,
+    **options: Any,
 ) -> AsyncGenerator[Callable[[], Awaitable[int]]]:
     """Yield a function that calls the MCP server with ResourceAuth, and returns the status."""
-    client = await AuthplaneClient.create(
-        tier01.issuer, auth=ASCredentials(*credentials), dev_mode=True, cache_ttl_buffer_seconds=1
-    )
-    resource_auth = ResourceAuth(client, ["mcp:echo"], resource or tier01.mcp_url)
-    async with httpx.AsyncClient(auth=resource_auth, headers=HEADERS, trust_env=False) as http:
+    auth = ASCredentials(*credentials)
+    client = await AuthplaneClient.create(servers.issuer, auth=auth, dev_mode=True, **options)
+    token = resource_auth(client, resource or servers.mcp_url, library)
+    async with library.AsyncClient(auth=token, headers=HEADERS, **PLAIN) as caller:
 
         async def call() -> int:
-            return (await http.post(tier01.mcp_url, json=INITIALIZE)).status_code
+            return (await caller.post(servers.mcp_url, json=INITIALIZE)).status_code
 
         yield call
     await client.aclose()
 
 
+@LIBRARIES
 async def test_concurrent_calls_cost_one_token_request(
-    tier01: Machine, credentials: tuple[str, str]
+    servers: Sandbox, credentials: Credentials, library: Any
 ) -> None:
-    before = token_requests(tier01)
-    async with calling(tier01, credentials) as call:
+    before = token_requests(servers)
+    async with calling(servers, credentials, library=library) as call:
         statuses = await asyncio.gather(*(call() for _ in range(CALLS)))
     assert set(statuses) == {200}
-    assert token_requests(tier01) - before == 1
+    assert token_requests(servers) - before == 1
 
 
-async def test_calls_go_on_when_tokens_expire_until_the_client_is_deleted(machine: Machine) -> None:
-    machine.serve(TOKEN_SECONDS="2")
-    wait_until(lambda: status_of("POST", machine.mcp_url) == 401, f"tier 01: {machine.log}")
-    machine.register_resource()
-    credentials = machine.register_client()
-    async with asyncio.timeout(20), calling(machine, credentials) as call:
-        while token_requests(machine) < 3:
+@LIBRARIES
+def test_a_synchronous_client_sends_nothing(fake: StartFake, library: Any) -> None:
+    server = fake(lambda _: http_response("200 OK"))
+    auth = resource_auth(AuthplaneClient(), server.url, library)
+    with library.Client(auth=auth, **PLAIN) as caller, pytest.raises(RuntimeError):
+        caller.get(server.url)
+    assert server.requests == []
+
+
+async def test_calls_go_on_when_tokens_expire_until_the_client_is_deleted(sandbox: Sandbox) -> None:
+    sandbox.serve(TOKEN_SECONDS="2")
+    wait_until(lambda: status_of("POST", sandbox.mcp_url) == 401, f"tier 01: {sandbox.log}")
+    sandbox.authserver.register_resource("demo-mcp", sandbox.mcp_url, "mcp:echo")
+    credentials = sandbox.authserver.register_client()
+    calls = calling(sandbox, credentials, cache_ttl_buffer_seconds=1)
+    async with asyncio.timeout(20), calls as call:
+        while token_requests(sandbox) < 3:
             assert await call() == 200
-        machine.delete_client(credentials[0])
+        sandbox.authserver.delete_client(credentials[0])
         assert await call() == 200  # with the token that it still has
         await asyncio.sleep(1.1)
         with pytest.raises(InvalidClientError):
             await call()
-    assert token_requests(machine, 401) == 1
+    assert token_requests(sandbox, 401) == 1
 
 
-async def test_401_reaches_the_caller(tier01: Machine, credentials: tuple[str, str]) -> None:
-    other, before = "http://other.example/mcp", token_requests(tier01)
-    tier01.register_resource("other", other)
-    async with calling(tier01, credentials, other) as call:
-        assert await call() == 401
-    assert token_requests(tier01) - before == 1
+async def test_only_the_scopes_that_are_named_are_requested(servers: Sandbox) -> None:
+    async with calling(servers, servers.authserver.register_client("mcp:other")) as call:
+        with pytest.raises(InvalidScopeError):
+            await call()
 
 
-async def test_relay_server(
-    machine: Machine, tier01: Machine, agent_settings: dict[str, str]
+async def test_errors_of_an_authorization_server_that_is_slow_and_then_down(
+    sandbox: Sandbox,
 ) -> None:
-    """Its tool calls tier 01 with a token of its own, not with that of its caller."""
-    base_url, port = machine.mcp_url.removesuffix("/mcp"), str(machine.ports[2])
-    settings = agent_settings | {"AUTHPLANE_BASE_URL": base_url, "PORT": port}
-    program = [machine.python, "tests/examples/relay_server.py"]
-    machine.popen(program, settings, log=machine.log)
-    wait_until(lambda: status_of("POST", machine.mcp_url) == 401, f"relay: {machine.log}")
-    tier01.register_resource("relay", machine.mcp_url, "mcp:relay")
-    token = tier01.token(tier01.register_client("mcp:relay"), resource=machine.mcp_url)
-    before = token_requests(tier01)
-    async with Client(machine.mcp_url, auth=token) as client:
-        calls = (client.call_tool("relay", {"text": f"call {n}"}) for n in range(20))
+    sandbox.issuer = f"http://127.0.0.1:{sandbox.ports[0]}"  # an address that is only one
+    server = sandbox.serve("authserver")
+    wait_until(lambda: status_of("GET", f"{sandbox.issuer}/.well-known/jwks.json"), "the server")
+    settings = FetchSettings(allow_http=True, allow_localhost=True, timeout=0.5)
+    async with calling(sandbox, ("id", "secret"), fetch_settings=settings) as call:
+        server.send_signal(signal.SIGSTOP)
+        with pytest.raises(httpx.ReadTimeout):
+            await call()
+        server.kill()
+        server.wait()
+        for _ in range(4):
+            with pytest.raises(httpx.ConnectError):
+                await call()
+        with pytest.raises(CircuitOpenError):
+            await call()
+
+
+async def test_401_reaches_the_caller(servers: Sandbox, credentials: Credentials) -> None:
+    before = token_requests(servers)
+    servers.authserver.register_resource(f"other-{uuid4()}", OTHER_RESOURCE, "mcp:echo")
+    async with calling(servers, credentials, OTHER_RESOURCE) as call:
+        assert await call() == 401
+    assert token_requests(servers) - before == 1
+
+
+def start_relay(sandbox: Sandbox, servers: Sandbox, settings: dict[str, str]) -> None:
+    """Start relay_server.py at the sandbox's ports."""
+    port = sandbox.ports[2]
+    own = {"AUTHPLANE_BASE_URL": f"http://localhost:{port}", "PORT": str(port)}
+    own["PYTHONPATH"] = "tests/examples"
+    sandbox.popen([PYTHON, "-c", RELAY], settings | own, sandbox.log)
+    wait_until(lambda: status_of("POST", sandbox.mcp_url) == 401, f"relay: {sandbox.log}")
+    servers.authserver.register_resource(sandbox.name, sandbox.mcp_url, "mcp:relay")
+
+
+def caller(sandbox: Sandbox, servers: Sandbox, scope: str) -> Client[Any]:
+    """Return a client of the relay server, with a token of this scope."""
+    token = servers.authserver.token(
+        servers.authserver.register_client(scope), resource=sandbox.mcp_url
+    )
+    return Client(sandbox.mcp_url, auth=token)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, -15)])
+async def test_relay_server(
+    sandbox: Sandbox,
+    servers: Sandbox,
+    agent_settings: dict[str, str],
+    number: signal.Signals,
+    status: int,
+) -> None:
+    """Its tool calls tier 01 with a token of its own; at the end it closes its client."""
+    start_relay(sandbox, servers, agent_settings)
+    async with caller(sandbox, servers, "mcp:other") as client:
+        assert await client.list_tools() == []
+    async with caller(sandbox, servers, "mcp:relay") as client:
+        before = token_requests(servers)
+        calls = (client.call_tool("relay", {"text": f"call {n}"}) for n in range(5))
         results = [result.data for result in await asyncio.gather(*calls)]
-    assert results == [f"call {n}" for n in range(20)]
-    assert token_requests(tier01) - before == 1
+        [relay] = sandbox.started
+        relay.send_signal(number)
+        assert await asyncio.to_thread(relay.wait, 20) == status
+    assert results == [f"call {n}" for n in range(5)]
+    assert token_requests(servers) - before == 1
+    assert "the client is closed" in sandbox.log.read_text()
+
+
+async def test_relay_server_tells_no_addresses_and_has_a_time_limit(
+    sandbox: Sandbox, servers: Sandbox, agent_settings: dict[str, str], fake: StartFake
+) -> None:
+    answers = [http_response("401 Unauthorized")]  # and then none
+    other = fake(lambda _: answers.pop() if answers else None)
+    program = sandbox.clone / "tests/examples/relay_server.py"
+    program.write_text(program.read_text().replace("timeout=15", "timeout=1"))
+    start_relay(sandbox, servers, agent_settings | {"MCP_URL": other.url})
+    async with caller(sandbox, servers, "mcp:relay") as client, asyncio.timeout(15):
+        rejected = await client.call_tool("relay", {"text": ""}, raise_on_error=False)
+        stalled = await client.call_tool("relay", {"text": ""}, raise_on_error=False)
+    for result in (rejected, stalled):
+        assert result.is_error
+        assert "localhost" not in str(result.content)

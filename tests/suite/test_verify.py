@@ -15,7 +15,7 @@ from urllib.parse import unquote_plus
 import psutil
 import pytest
 
-from authserver import ADMIN_KEY
+from authserver_client import ADMIN_KEY
 from conftest import StartFake
 from fakes import Answer, Change, Handler, Request, http_response, in_front_of, replacing, when
 from sandbox import Sandbox, wait_until
@@ -335,7 +335,10 @@ def test_shows_no_secret(intercept: Intercept, served: Sandbox) -> None:
         answers.append(forward(request))
         return answers[-1]
 
-    settings = {"AUTHPLANE_SESSION_SECRET": "a-session-secret", "AUTHPLANE_ADMIN_API_KEY": ADMIN_KEY}
+    settings = {
+        "AUTHPLANE_SESSION_SECRET": "a-session-secret",
+        "AUTHPLANE_ADMIN_API_KEY": ADMIN_KEY,
+    }
     settings |= intercept(AUTHSERVER_URL=recorded, ADMIN_URL=recorded)
     run = served.start("./verify.sh", **settings)
     arguments: set[str] = set()

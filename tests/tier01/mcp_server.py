@@ -4,7 +4,10 @@ import asyncio
 import logging
 import os
 import warnings
+from pathlib import Path
 from urllib.parse import urlsplit
+
+os.environ["FASTMCP_ENV_FILE"] = os.devnull  # else FastMCP reads ./.env, which is not its own
 
 from fastmcp import FastMCP
 from fastmcp.server.auth import require_scopes
@@ -18,6 +21,9 @@ NAME = os.environ.get("MCP_SERVER_NAME") or "demo-server"
 RESOURCE_URI = os.environ.get("RESOURCE_URI") or "http://localhost:8080/mcp"
 ISSUER = os.environ.get("AUTHPLANE_ISSUER") or "http://localhost:9000"
 SCOPE = os.environ.get("MCP_SCOPE") or "mcp:echo"
+CERTIFICATES = os.environ.get("SSL_CERT_FILE")
+if CERTIFICATES and not Path(CERTIFICATES).is_file():
+    raise SystemExit(f"mcp_server.py: SSL_CERT_FILE={CERTIFICATES}: there is no such file")
 
 
 def echo(text: str) -> str:
@@ -27,13 +33,13 @@ def echo(text: str) -> str:
 
 async def mcp_app() -> Starlette:
     """Return the app, whose audience is RESOURCE_URI, once the authorization server answers."""
-    uri = urlsplit(RESOURCE_URI)
-    base_url = f"{uri.scheme}://{uri.netloc}"
+    path = urlsplit(RESOURCE_URI).path
+    base_url = RESOURCE_URI.removesuffix(path)
     logging.getLogger("authplane.internal.document_fetcher").disabled = True  # one line is enough
     waiting = False
     while True:
         try:
-            auth = await authplane_auth(ISSUER, base_url, [SCOPE], mcp_path=uri.path)
+            auth = await authplane_auth(ISSUER, base_url, [SCOPE], mcp_path=path)
             break
         except (JWKSFetchError, MetadataFetchError) as error:
             if not waiting:
@@ -42,5 +48,4 @@ async def mcp_app() -> Starlette:
             await asyncio.sleep(0.2)
     server = FastMCP(NAME, auth=auth.auth)
     server.tool(echo, auth=require_scopes(SCOPE))
-    hosts = ["localhost", "127.0.0.1", "mcp-server", uri.hostname or ""]
-    return server.http_app(uri.path, host_origin_protection=True, allowed_hosts=hosts)
+    return server.http_app(path)

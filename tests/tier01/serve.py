@@ -6,16 +6,12 @@ import contextlib
 import os
 import signal
 import socket
-import stat
 import sys
 from collections.abc import Generator
-from importlib import import_module
 
-import uvicorn
-from starlette.types import ASGIApp
-from uvicorn.config import LOGGING_CONFIG
+import uvicorn.config
 
-LOGGING_CONFIG["loggers"]["uvicorn.error"]["level"] = "WARNING"
+uvicorn.config.LOGGING_CONFIG["loggers"]["uvicorn.error"]["level"] = "WARNING"
 
 
 class Server(uvicorn.Server):
@@ -37,47 +33,26 @@ def listen(variable: str, default: str) -> socket.socket:
     return listener
 
 
-async def serve(app: ASGIApp, listener: socket.socket) -> None:
-    await Server(uvicorn.Config(app)).serve([listener])
-
-
-async def serve_authserver(public: socket.socket, admin: socket.socket) -> None:
-    import authserver
-
-    ready = f"ready on :{public.getsockname()[1]} and :{admin.getsockname()[1]} (admin)"
-    print(f"stand-in authorization server: issuer {authserver.ISSUER}, {ready}", flush=True)
-    await asyncio.gather(serve(authserver.public, public), serve(authserver.admin, admin))
-
-
-async def serve_mcp_server(listener: socket.socket) -> None:
-    # in a thread: the import takes a second, and the authorization server answers meanwhile
-    mcp_server = await asyncio.to_thread(import_module, "mcp_server")
-    app = await mcp_server.mcp_app()
-    ready = f"audience {mcp_server.RESOURCE_URI}, ready on :{listener.getsockname()[1]}"
-    print(f"MCP server {mcp_server.NAME}: {ready}", flush=True)
-    await serve(app, listener)
-
-
-async def end_without_log() -> None:
-    """End the program when its log has been deleted: so `make clean` ends it, and needs no pid."""
-    while os.fstat(1).st_nlink or not stat.S_ISREG(os.fstat(1).st_mode):  # noqa: ASYNC110
-        await asyncio.sleep(0.1)
-    os._exit(0)
-
-
 async def main() -> None:
-    """Bind all sockets before anything else, then serve."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", nargs="?", choices=["authserver", "mcp-server"])
     part = parser.parse_args().part
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(end_without_log())
+    async with asyncio.TaskGroup() as servers:
         if part != "mcp-server":
+            import authserver
+
             public = listen("AUTHPLANE_SERVER_ADDRESS", ":9000")
             admin = listen("AUTHPLANE_ADMIN_ADDRESS", ":9001")
-            tasks.create_task(serve_authserver(public, admin))
+            servers.create_task(Server(uvicorn.Config(authserver.public)).serve([public]))
+            servers.create_task(Server(uvicorn.Config(authserver.admin)).serve([admin]))
+            print(f"stand-in authorization server: issuer {authserver.ISSUER}, ready", flush=True)
         if part != "authserver":
-            tasks.create_task(serve_mcp_server(listen("MCP_ADDRESS", ":8080")))
+            listener = listen("MCP_ADDRESS", ":8080")
+            from mcp_server import NAME, RESOURCE_URI, mcp_app
+
+            app = await mcp_app()
+            servers.create_task(Server(uvicorn.Config(app)).serve([listener]))
+            print(f"MCP server {NAME}: audience {RESOURCE_URI}, ready", flush=True)
 
 
 if __name__ == "__main__":

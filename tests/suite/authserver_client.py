@@ -1,4 +1,4 @@
-"""Calls to an authorization server, the stand-in or a real authserver: its admin API, and tokens."""
+"""Calls to an authorization server, the stand-in or a real one: its admin API, and tokens."""
 
 from typing import Any
 
