@@ -65,9 +65,8 @@ async def main() -> str | None:
                 headers |= {"Mcp-Session-Id": session, "MCP-Protocol-Version": "2025-11-25"}
                 await http.send(http.build_request("DELETE", url, headers=headers), stream=True)
     except Exception as error:
-        if (
-            "Mcp-Session-Id" not in headers
-        ):  # else the reply was right, and the session's end failed
+        # with a session, the reply was right: whatever ends the session is not a failure
+        if "Mcp-Session-Id" not in headers:
             kind = getattr(error, "code", type(error).__name__)
             reason = "" if str(error.__cause__ or error) else "no complete response"
             # printable ASCII only, since a server may have chosen the text
@@ -77,7 +76,7 @@ async def main() -> str | None:
 
 if __name__ == "__main__":
     logging.disable()  # the SDK logs what it also raises
-    logging.captureWarnings(True)  # and imports a deprecated module
+    logging.captureWarnings(True)  # it imports a deprecated module, whose filter no other overrules
     try:
         raise SystemExit(asyncio.run(main()))
     except KeyboardInterrupt:

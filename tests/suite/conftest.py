@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 
 os.environ["FASTMCP_ENV_FILE"] = os.devnull  # otherwise FastMCP reads ./.env
+with warnings.catch_warnings(record=True):  # the SDK imports authlib.jose, which is deprecated
+    import authplane  # noqa: F401 # pyright: ignore[reportUnusedImport]
 
 from authserver_client import Credentials, status_of
 from fakes import Fake, Handler

@@ -6,7 +6,6 @@ program. The gate runs them with other versions of the SDK and of Python, too.
 
 import asyncio
 import gzip
-import importlib
 import json
 import os
 import re
@@ -14,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import redirect_stdout
 from io import StringIO
@@ -30,10 +28,6 @@ import plain_agent
 from conftest import StartFake
 from fakes import RESET, Answer, Fake, Handler, Request, http_response
 from sandbox import ROOT, Sandbox, wait_until
-
-with warnings.catch_warnings(record=True):  # the SDK imports a deprecated module
-    warnings.simplefilter("ignore")
-    importlib.import_module("authplane")
 
 type Reply = Answer | Handler
 type Changes = dict[str, Answer | dict[str, Any]]  # path: a response, or fields of its JSON object

@@ -2,7 +2,6 @@
 
 import asyncio
 import signal
-import warnings
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,6 +10,14 @@ from uuid import uuid4
 import httpx
 import httpx2
 import pytest
+from authplane import (
+    ASCredentials,
+    AuthplaneClient,
+    CircuitOpenError,
+    FetchSettings,
+    InvalidClientError,
+    InvalidScopeError,
+)
 from fastmcp import Client
 
 from authserver_client import PLAIN, Credentials, status_of
@@ -18,16 +25,6 @@ from conftest import StartFake
 from fakes import http_response
 from plain_agent import INITIALIZE
 from sandbox import PYTHON, ROOT, Sandbox, wait_until
-
-with warnings.catch_warnings(record=True):  # the SDK imports authlib.jose, which is deprecated
-    from authplane import (
-        ASCredentials,
-        AuthplaneClient,
-        CircuitOpenError,
-        FetchSettings,
-        InvalidClientError,
-        InvalidScopeError,
-    )
 
 pytestmark = pytest.mark.anyio
 CALLS = 100
