@@ -68,7 +68,7 @@ def test_numbers() -> None:
     buffer = inspect.signature(AuthplaneClient.create).parameters["cache_ttl_buffer_seconds"]
     assert f"{CALLS} concurrent calls cost one token request" in text
     assert f"caches it until {buffer.default:.0f} seconds before" in text
-    for name, versions in re.findall(r'"(authplane-sdk|httpx)([<>=.,\d]+)"', project):
+    for name, versions in re.findall(r'"(authplane-sdk|httpx)([<>=][<>=.,\d]*)"', project):
         assert f"`{name}{versions}`" in README
 
 
