@@ -199,9 +199,11 @@ class Sandbox:
 
     def close(self) -> None:
         """End every process, and remove every Docker object, that was started here."""
-        for process in self.processes():
+        processes = self.processes()
+        for process in processes:
             with suppress(psutil.Error):
                 process.kill()
+        psutil.wait_procs(processes, timeout=10)
         for reservation in self.reservations:
             reservation.close()
         for process in self.started:
