@@ -203,7 +203,7 @@ def endless(head: bytes, part: bytes = b"", pause: float = 0) -> Handler:
 
 
 SPACED_JSON = json.dumps(REPLY, indent=1).replace("\n", "\n\n").encode()
-PRIMED = b": hi\n\nid: 0\ndata:\n\nretry: 5\n: data: hi\ndata:%b\n\n" % json.dumps(REPLY).encode()
+PRIMED = b": hi\n\nid: 0\ndata: \n\nretry: 5\n: data: hi\ndata:%b\n\n" % json.dumps(REPLY).encode()
 SPREAD = (event(NOTIFICATION) + event(REPLY, indent=1)).replace(b"\n", b"\r\n")
 NEWLINES = {"LF": b"\n", "CRLF": b"\r\n", "CR": b"\r"}
 REPLIES: dict[str, Reply] = {
@@ -269,7 +269,6 @@ MCP_FAILURES: dict[str, tuple[Reply, str]] = {
     "500, endless": (endless(LENGTHY.replace(b"200 OK", b"500 Oops"), b"x"), "500 Oops …"),
     "hostile": (http_response(f"401 No{HOSTILE}", location=f"a{HOSTILE}\r\n b"), "401 No…a…"),
     "no HTTP": (b"SSH-2.0-OpenSSH\r\n", "…(RemoteProtocolError)"),
-    "connection closed": (b"", "…(RemoteProtocolError)"),
     "connection reset": (RESET, f"{NO_DETAILS} (ReadError)"),
     "JSON-RPC error": (json_reply(ERROR), f"{NAME} {json.dumps(ERROR)} (ValueError)"),
     "JSON-RPC error, then the reply": (sse(ERROR, REPLY), f"{NAME} {json.dumps(ERROR)} …"),
@@ -277,21 +276,17 @@ MCP_FAILURES: dict[str, tuple[Reply, str]] = {
     "HTML": (http_response("200 OK", "<html>hello</html>"), "…(JSONDecodeError)"),
     "stream of another type": (http_response("200 OK", event(REPLY)), "…(JSONDecodeError)"),
     "not an object": (json_reply([]), f"{NAME} [] (ValueError)"),
-    "null": (json_reply(None), f"{NAME} null (ValueError)"),
-    "empty": (http_response("200 OK"), "…(JSONDecodeError)"),
     "malformed data": (STREAM + b"data: {oops\n\n" + event(REPLY), "…(JSONDecodeError)"),
+    "a number on two lines": (STREAM + b'data: {"id": 1\ndata:2}\n\n', "…(JSONDecodeError)"),
     "other name": (json_reply({"id": 1, "result": NAMES}), f"{NAME} …\\u202edemo-server…"),
     "other id": (json_reply(OTHER), f"{NAME} {json.dumps(OTHER)} (ValueError)"),
     "stream without the response": (sse(NOTIFICATION), ENDED),
     "stream whose last event has no end": (sse(REPLY)[:-1], ENDED),
-    "deep nesting": (http_response("200 OK", "[" * 100_000), "…(RecursionError)"),
     "long": (json_reply({"instructions": "long " * 9_999}), f"{NAME} …long long…(ValueError)"),
     "257 KiB": (json_reply({"padding": "x" * 257 * 1024, **REPLY}), SIZE),
     "an endless reply": (endless(LENGTHY, b"x" * 65536), SIZE),
-    "an endless stream": (endless(STREAM, b": hi\n\n" * 4_096), SIZE),
-    "40,000 data lines": (chunked(*[b"data:\n" * 40] * 1_000), ENDED),
 }
-for size in 1, 4, 16, 64, 256, 1024:  # a flood of chunks, of events, of lines
+for size in 1, 16, 1024:  # a flood of chunks, of events, of lines
     for part in b"\n", b"x\n":
         flood = chunked(*[(part * size)[:size]] * (256 * 1024 // size))
         MCP_FAILURES[f"chunks of {size}, {part}"] = (flood, SIZE)
@@ -331,20 +326,11 @@ AS_FAILURES: dict[str, tuple[Changes, str]] = {
     "wrong secret": (oauth_error("invalid_client", "failed"), "…failed (invalid_client)"),
     "scope": (oauth_error("invalid_scope", "exceeds"), "…exceeds (invalid_scope)"),
     "resource": (oauth_error("invalid_target", "unknown"), "…unknown (invalid_target)"),
-    "rate limit": (oauth_error("slow_down", "too many"), "…too many (slow_down)"),
     "hostile": (oauth_error("invalid_scope", f"a{HOSTILE}\r\n" * 999), "…(invalid_scope)"),
     "long code": (oauth_error("x" * 5_000, ""), "…xxx"),
-    "metadata 404": ({METADATA: http_response("404 Not Found")}, FETCH),
-    "metadata redirected": ({METADATA: http_response("302 Found", location="/x")}, FETCH),
-    "metadata not JSON": ({METADATA: http_response("200 OK", "<html>")}, FETCH),
     "metadata of another issuer": ({METADATA: {"issuer": "https://o"}}, FETCH),
     "metadata, reset": ({METADATA: RESET}, f"…{NO_DETAILS} (MetadataFetchError)"),
-    "no jwks_uri": ({METADATA: {"jwks_uri": ""}}, "…(MissingMetadataEndpointError)"),
-    "no token endpoint": ({METADATA: {"token_endpoint": ""}}, "…(MissingMetadataEndpointError)"),
-    "jwks 500": ({"/jwks": http_response("500 Oops")}, "…(JWKSFetchError)"),
     "token 503": ({"/token": http_response("503 Oops")}, "…(server_error)"),
-    "token not JSON": ({"/token": http_response("200 OK", "<html>")}, "…(JSONDecodeError)"),
-    "no access_token": ({"/token": http_response("200 OK", "{}")}, "…(ProtocolError)"),
 }
 
 
@@ -362,14 +348,11 @@ SETTINGS: dict[str, tuple[dict[str, str], str]] = {
     "two empty": ({"MCP_URL": "", "CLIENT_ID": ""}, "settings: MCP_URL, CLIENT_ID not set"),
     "plain http": ({"AUTHPLANE_DEV_MODE": ""}, f"access token from …: {FETCH}"),
     "no issuer": ({"AUTHPLANE_ISSUER": NO_SERVER}, f"access token from {NO_SERVER}: {FETCH}"),
-    "no such host": ({"AUTHPLANE_ISSUER": "http://no.invalid"}, f"…http://no.invalid: {FETCH}"),
     "no MCP server": ({"MCP_URL": NO_SERVER}, f"initialize at {NO_SERVER}: …(ConnectError)"),
-    "no URL scheme": ({"MCP_URL": "host/mcp"}, "…at host/mcp: …(UnsupportedProtocol)"),
     "bad port": ({"MCP_URL": "http://host:x/"}, "…at http://host:x/: …(InvalidURL)"),
     "not ASCII": ({"MCP_URL": "http://\xe4:x/"}, "…at http:// :x/: …(InvalidURL)"),
     "no certificates": ({"SSL_CERT_FILE": "/none"}, f"{HTTP}: …(FileNotFoundError)"),
     "no SOCKS": ({"ALL_PROXY": "socks5://localhost:1"}, f"{HTTP}: …(ImportError)"),
-    "bad proxy": ({"HTTPS_PROXY": "oops://localhost:1"}, f"{HTTP}: …(ValueError)"),
 }
 
 
@@ -380,9 +363,7 @@ def test_settings(fakes: StartFakes, change: dict[str, str], told: str) -> None:
 
 # The program
 
-AGENT, PLAIN = ((ROOT / name).read_text() for name in ("agent.py", "tests/examples/plain_agent.py"))
-BEGIN, END = "            # authplane:begin\n", "            # authplane:end\n"
-BLOCK = AGENT.partition(BEGIN)[2].partition(END)[0]
+BLOCK = (ROOT / "agent.py").read_text().split("# authplane:begin\n")[1].split("# authplane:end")[0]
 OTHER_PROGRAM = """
 import asyncio, httpx, agent
 from os import environ
@@ -438,7 +419,7 @@ def test_ctrl_c_ends_it_quietly(sandbox: Sandbox, fakes: StartFakes, sdk: str) -
     process = sandbox.start(sys.executable, "agent.py", **started.settings)
     wait_until(lambda: started.mcp.requests or importing.exists(), "the request, or the import")
     process.send_signal(signal.SIGINT)
-    assert (process.communicate(timeout=5), process.returncode) == (("", ""), 130)
+    assert (process.communicate(timeout=30), process.returncode) == (("", ""), 130)
 
 
 # The same without authentication
@@ -449,9 +430,3 @@ def test_the_plain_agent(fakes: StartFakes) -> None:
     printed, failure, _ = call({"MCP_URL": mcp.url}, plain_agent.main)
     assert (printed, failure) == (f"{json.dumps(REPLY)}\nMCP initialize OK\n", None)
     assert "authorization" not in mcp.requests[0].headers
-
-
-def test_the_plain_agent_lacks_authentication_and_nothing_else() -> None:
-    required = ", ".join(f'"{name}"' for name in agent.REQUIRED)
-    without = AGENT.replace(BEGIN + BLOCK + END, "").replace(f"[{required}]", '["MCP_URL"]')
-    assert without.replace(OK, "MCP initialize OK") == PLAIN

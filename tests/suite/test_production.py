@@ -2,18 +2,16 @@
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 
 import asyncio
-import os
 import ssl
 import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
 
-import pytest
 import trustme
 
 from authserver_client import status_of
-from conftest import NewSandbox
+from conftest import NewSandbox, skip
 from sandbox import Sandbox, wait_until
 
 # when unshare ends, so does all that was started there
@@ -23,29 +21,15 @@ ALLOW_PRIVATE = "fetch_settings=FetchSettings(allow_private_networks=True), "
 
 
 def test_production(new_sandbox: NewSandbox) -> None:
-    """Run the two below in a network of their own, where this sandbox has those addresses."""
+    """Run the two below in a network of their own, where this machine has those addresses."""
     if sys.platform != "linux":
-        skip_or_fail_in_ci()
-    sandbox = new_sandbox("git", "unshare")
+        skip("there is no network namespace")
+    sandbox = new_sandbox("unshare")
     if sandbox.run(*NAMESPACE, "sh", "-c", "true").returncode != 0:
-        skip_or_fail_in_ci()
-    pytest_there = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-n0",
-        "-p",
-        "no:unraisableexception",
-        "-o",
-        "python_functions=production_*",
-    ]
-    result = sandbox.run(*NAMESPACE, *pytest_there, __file__)
+        skip("there is no network namespace")
+    options = ["-n0", "-p", "no:unraisableexception", "-o", "python_functions=production_*"]
+    result = sandbox.run(*NAMESPACE, sys.executable, "-m", "pytest", *options, __file__)
     assert result.returncode == 0, result.stdout
-
-
-def skip_or_fail_in_ci() -> None:
-    assert "CI" not in os.environ, "there is no network namespace"
-    pytest.skip("there is no network namespace")
 
 
 def production_with_a_public_address(new_sandbox: NewSandbox, tmp_path: Path) -> None:

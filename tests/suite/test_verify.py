@@ -156,7 +156,6 @@ BROKEN: dict[str, dict[str, tuple[Change, str]]] = {
             "no authorization server at http://",
         ),
         "no issuer": (replacing(b'"issuer"', b'"iss"   '), "has no issuer"),
-        "HTML": (when(b"GET", http_response("200 OK", "<p>")), "has no issuer"),
         "hostile issuer": (when(b"GET", HOSTILE), "ftp://x [31m  ALL: it must begin with http"),
         "issuer elsewhere": (when(b"GET", QUERY), "localhost:1 is not reachable from this host"),
         "hostile error": (when(b"POST", ERROR), "token: issued: expected 200, got 400  [31m  ALL "),
