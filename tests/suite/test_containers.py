@@ -76,6 +76,9 @@ def test_runs_tier01_in_containers(new_sandbox: NewSandbox, image: str) -> None:
     logs = sandbox.make("logs").stdout
     assert "MCP server demo-server" in logs
     assert "\x1b" not in logs
+    failed = sandbox.make("clean", DOCKER_HOST="unix:///nowhere")
+    assert failed.returncode == 2
+    assert "can't be removed: is Docker running? Then make clean" in failed.stderr
     assert sandbox.make("clean").returncode == 0
     assert sandbox.left() == []
     assert sandbox.docker("image", "inspect", "--format", "here", image) == "here"
@@ -86,11 +89,6 @@ def test_needs_no_proxy_in_the_network(new_sandbox: NewSandbox, stand_in: str) -
     sandbox = new_sandbox("docker", image=stand_in)
     settings = with_proxy(sandbox)
     assert sandbox.make("verify", **settings).stdout.endswith("ALL CHECKS PASSED\n")
-
-
-def test_runs_without_buildkit(new_sandbox: NewSandbox, stand_in: str) -> None:
-    result = new_sandbox("docker", image=stand_in).make("verify", DOCKER_BUILDKIT="0")
-    assert result.stdout.endswith("ALL CHECKS PASSED\n"), result.stderr
 
 
 def test_starts_the_stand_in_if_the_image_cannot_be_pulled(new_sandbox: NewSandbox) -> None:
@@ -115,16 +113,16 @@ def test_starts_the_stand_in_if_the_image_cannot_be_pulled(new_sandbox: NewSandb
     assert sandbox.left() == []
 
 
-@pytest.mark.parametrize("name", ["tier01", "agent"])
-def test_shows_why_an_image_is_not_built(new_sandbox: NewSandbox, stand_in: str, name: str) -> None:
+@pytest.mark.parametrize("dockerfile", ["tests/tier01/Dockerfile", "Dockerfile"])
+def test_shows_why_an_image_is_not_built(
+    new_sandbox: NewSandbox, stand_in: str, dockerfile: str
+) -> None:
     sandbox = new_sandbox("docker", image=stand_in)
-    (sandbox.clone / f"tests/requirements/{name}.txt").write_text("not-in-any-index==0\n")
+    (sandbox.clone / dockerfile).write_text("FROM python:3.12-slim\nRUN echo why; false\n")
     result = sandbox.make("run")
     assert result.returncode == 2
-    assert (
-        "image" in result.stderr and "was not built: the end of its log is above" in result.stderr
-    )
-    assert "not-in-any-index" in result.stderr
+    assert "was not built: the end of its log is above" in result.stderr
+    assert re.search("(?m)(^| )why$", result.stderr), result.stderr
     assert sandbox.left() == []
 
 
@@ -155,16 +153,6 @@ def test_leaves_running_containers(containers: Sandbox, new_sandbox: NewSandbox)
     assert guest.make("clean").returncode == 0
     assert containers.docker_objects() == before
     assert guest.left() == []
-
-
-def test_clean_fails_while_docker_is_stopped(new_sandbox: NewSandbox, stand_in: str) -> None:
-    sandbox = new_sandbox("docker", image=stand_in)
-    assert sandbox.make("run").returncode == 0
-    result = sandbox.make("clean", DOCKER_HOST="unix:///nowhere")
-    assert result.returncode == 2
-    assert "can't be removed: is Docker running? Then make clean" in result.stderr
-    assert sandbox.make("clean").returncode == 0
-    assert sandbox.left() == []
 
 
 FAILS = {
