@@ -178,8 +178,9 @@ show_logs() {
 # clean_up: removes what this run has started if it fails, and its lock; others' locks name another process.
 clean_up() {
   local result=$?
+  set +e
   trap '' HUP INT TERM
-  [ -z "$starting" ] || stop || :
+  [ -z "$starting" ] || stop
   [ "$(readlink .started.lock)" != $$ ] || rm -f .started.lock
   rm -rf "$work"
   exit "$result"
