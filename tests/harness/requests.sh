@@ -3,7 +3,7 @@
 
 # request METHOD URL HEADERS [CURL OPTION]…: sets status, 000 without a complete response; writes the files headers, body
 # and error in $work. The headers reach curl by standard input: other processes can read arguments. A URL may come from a
-# server: it can name no other scheme, option or file. An endless response ends at the size of a file that ulimit allows.
+# server: it is one URL, whatever brackets it has. An endless response ends at the size of a file that ulimit allows.
 request() {
   local method=$1 url=$2 sent=$3
   shift 3
@@ -12,7 +12,7 @@ request() {
     ulimit -f 128
     printf '%s\n' "$sent" | curl --disable --silent --show-error --max-time 10 --noproxy "$no_proxy_list" \
       --suppress-connect-headers --dump-header "$work/headers" --output "$work/body" --write-out '%{http_code}' \
-      --request "$method" --header @- "$@" --globoff --proto =http,https --url "$url" 2>"$work/error"
+      --request "$method" --header @- "$@" --globoff --url "$url" 2>"$work/error"
   ) || status=000
   [ "$status" != 000 ] || [ -s "$work/error" ] || echo "the response is too large" >"$work/error"
 }

