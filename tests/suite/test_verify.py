@@ -131,7 +131,6 @@ HOSTILE = http_response("200 OK", json.dumps({"issuer": "ftp://x\x1b[31m\r\nALL"
 QUERY = http_response("200 OK", json.dumps({"issuer": "http://no.invalid/?x=://localhost:1"}))
 MIB = b"HTTP/1.1 200 OK\r\n\r\n" + bytes(2**20)
 TAMPERED, UNTAMPERED = rb"Bearer .*AAAA\r", rb"(?s)curl/(?!.*AAAA\r).*Bearer "  # by verify.sh
-NO_SECRET = http_response("201 Created", json.dumps({"client_id": "../x"}))
 
 BROKEN: dict[str, dict[str, tuple[Change, str]]] = {
     "MCP_URL": {
@@ -169,7 +168,6 @@ BROKEN: dict[str, dict[str, tuple[Change, str]]] = {
         ),
         "another uri": (replacing(b'/mcp"', b'/api"'), '/api ["mcp:echo"]'),
         "another scope": (replacing(b"mcp:echo", b"mcp:else"), '/mcp ["mcp:else"]'),
-        "no secret": (when(b"POST", NO_SECRET), "got 201 without client_id and client_secret"),
     },
 }
 
@@ -183,7 +181,7 @@ def test_fails_for(intercept: Intercept, served: Sandbox, server: str, case: str
     before = served.authserver.clients()
     result = served.verify(**intercept(**{server: change}))
     assert result.returncode == 1
-    [error] = [line for line in result.stderr.splitlines() if "was not deleted" not in line]
+    [error] = result.stderr.splitlines()
     assert error.startswith("verify.sh: ")
     assert told in error
     assert len(error) < 1_000
@@ -214,6 +212,7 @@ def test_fails_if_the_client_stays(
 
 SETTINGS = {
     "MCP_URL=localhost:1": "MCP_URL=localhost:1: it must begin with http:// or https://",
+    "MCP_URL=http://": "MCP_URL=http://: it must begin with http:// or https:// and a host",
     "TIER01_RUNTIME=podman": "TIER01_RUNTIME=podman: it can be native or docker",
 }
 
@@ -240,7 +239,7 @@ def test_brackets_in_an_issuer_are_not_many_requests(
     fake: StartFake, intercept: Intercept, served: Sandbox
 ) -> None:
     other = fake(lambda _: http_response("404 Not Found"))
-    issuer = f"{other.url.replace('localhost', '0.0.0.0')}/[1-9]"
+    issuer = f"{other.url.replace('localhost', '0.0.0.0')}/[1-9]"  # noqa: S104
     metadata = http_response("200 OK", json.dumps({"issuer": issuer}))
     served.verify(**intercept(AUTHSERVER_URL=when(b"GET", metadata)))
     assert len(other.requests) == 1
@@ -315,6 +314,23 @@ def test_a_secret_of_any_characters(intercept: Intercept, served: Sandbox) -> No
     result = served.verify(**intercept(ADMIN_URL=other_secret, AUTHSERVER_URL=real_secret))
     assert masked(result.stdout) == CHECKS, result
     assert (served.folder / "seen").read_text().startswith(odd)
+
+
+def test_a_registration_without_a_secret(intercept: Intercept, served: Sandbox) -> None:
+    """The client is deleted by its id, whatever characters that has."""
+    deleted: list[str] = []
+
+    def without_secret(request: Request, forward: Handler) -> Answer:
+        if request.method == "POST":
+            return http_response("201 Created", json.dumps({"client_id": "../x"}))
+        if request.method == "DELETE":
+            deleted.append(request.path)
+        return forward(request)
+
+    result = served.verify(**intercept(ADMIN_URL=without_secret))
+    assert "got 201 without client_id and client_secret" in result.stderr
+    assert "client ../x was not deleted (404)" in result.stderr
+    assert deleted == ["/admin/clients/..%2Fx?force=true"]
 
 
 def test_shows_no_secret(intercept: Intercept, served: Sandbox) -> None:
