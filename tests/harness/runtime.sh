@@ -61,8 +61,8 @@ run_agent() {
   else
     # shellcheck disable=SC2086 # the names are words
     keep_environment $connection
-    export NO_PROXY=$no_proxy_list no_proxy=$no_proxy_list
   fi
+  export NO_PROXY=$no_proxy_list no_proxy=$no_proxy_list # without these, Python asks macOS for its proxies
   export AUTHPLANE_ISSUER=$issuer CLIENT_ID CLIENT_SECRET RESOURCE_URI MCP_URL MCP_SERVER_NAME AUTHPLANE_DEV_MODE
   if [ -n "$network" ]; then
     exec docker compose --env-file /dev/null --profile manual run --rm --no-TTY --name "$1" agent
