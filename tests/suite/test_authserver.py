@@ -160,7 +160,7 @@ def test_admin_key_is_required(authserver: Authserver, headers: dict[str, str]) 
         assert response.status_code == 401, path
 
 
-def test_resource(authserver: Authserver, is_stand_in: bool) -> None:
+def test_resource(authserver: Authserver) -> None:
     slug, uri = f"test-{uuid.uuid4()}", f"{URI}/1"
     resource = {"slug": slug, "uri": uri, "backend_kind": "mint", "display_name": "Test"}
     resource |= {"scopes": [{"name": "mcp:echo", "description": "echo tool"}]}
@@ -172,15 +172,6 @@ def test_resource(authserver: Authserver, is_stand_in: bool) -> None:
     for view in (created.json(), read.json()):
         assert (view["slug"], view["uri"], view["id"]) == (slug, uri, created.json()["id"])
         assert [scope["name"] for scope in view["scopes"]] == ["mcp:echo"]
-    if is_stand_in:  # as strict, so that a wrong request is found without the other
-        for wrong in (resource | {"unknown": ""}, resource | {"backend_kind": "other"}, {}):
-            assert authserver.admin("POST", "resources", json=wrong).status_code == 400
-        client = {"client_name": "Test", "scope": "mcp:echo"}
-        for more in (
-            {"grant_types": ["client_credentials"]},
-            {"token_endpoint_auth_method": "client_secret_basic"},
-        ):
-            assert authserver.admin("POST", "clients", json=client | more).status_code == 400
 
 
 def test_client(authserver: Authserver) -> None:

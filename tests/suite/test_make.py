@@ -221,7 +221,3 @@ def test_sandbox_ends_what_was_started(new_sandbox: NewSandbox) -> None:
     wait_until(lambda: len(sandbox.processes()) == 3, "three processes")
     sandbox.close()
     assert sandbox.left() == []
-
-
-def test_sandbox_has_no_other_tool(sandbox: Sandbox) -> None:
-    assert sandbox.run("bash", "-c", "command -v docker uv git").stdout == ""
