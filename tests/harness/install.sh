@@ -11,10 +11,14 @@ version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2]); sys.e
 version=$(version_of "$folder/bin/python") || version=none
 if [ -e "$folder/half-made" ] || [ ! -d "$folder/lib/python$version" ] ||
   { [ -n "${PY-}" ] && [ "$(version_of "$PY")" != "$version" ]; }; then
-  for python in ${PY:-python3.14 python3.13 python3.12 python3} none; do
-    ! version_of "$python" >/dev/null || break
+  python=''
+  for candidate in ${PY:-python3.14 python3.13 python3.12 python3}; do
+    if version_of "$candidate" >/dev/null; then
+      python=$candidate
+      break
+    fi
   done
-  [ "$python" != none ] || fail "no Python 3.12 or newer: install one, or name it: make PY=…"
+  [ -n "$python" ] || fail "no Python 3.12 or newer: install one, or name it: make PY=…"
   rm -rf "$folder"
 elif cmp -s "$requirements" "$installed"; then
   exit

@@ -39,8 +39,8 @@ responding() {
   [ "$status" = 200 ]
 }
 
-# find_ports: sets AUTHSERVER_PORT, ADMIN_PORT and MCP_PORT; ends the run unless tier 01 can be started there.
-find_ports() {
+# check_ports: sets AUTHSERVER_PORT, ADMIN_PORT and MCP_PORT; ends the run unless tier 01 can be started there.
+check_ports() {
   local name url port
   for name in AUTHSERVER ADMIN MCP; do
     url=${name}_URL
@@ -56,8 +56,8 @@ find_ports() {
     fail "the MCP server that is started here has the path of RESOURCE_URI=$RESOURCE_URI: set MCP_URL to the same path"
 }
 
-# find_image: sets why_native to the reason to start the stand-in as a process; it is empty if containers can be started.
-find_image() {
+# get_image: gets the authserver's image; sets why_native to the reason to start the stand-in instead, if there is one.
+get_image() {
   why_native=''
   if [ "$TIER01_RUNTIME" = native ]; then
     why_native="TIER01_RUNTIME=native"
@@ -67,7 +67,7 @@ find_image() {
     echo "pulling $AUTHSERVER_IMAGE"
     logged docker pull --quiet "$AUTHSERVER_IMAGE" || why_native="$AUTHSERVER_IMAGE can't be pulled"
   fi
-  [ -z "$why_native" ] || [ "$TIER01_RUNTIME" != docker ] || fail "TIER01_RUNTIME=docker, but $why_native"
+  if [ -n "$why_native" ] && [ "$TIER01_RUNTIME" = docker ]; then fail "TIER01_RUNTIME=docker, but $why_native"; fi
 }
 
 start_process() {
@@ -106,8 +106,8 @@ start_containers() {
 start_tier01() {
   local deadline
   stop || exit 1
-  find_ports
-  find_image
+  check_ports
+  get_image
   starting=yes
   if [ -n "$why_native" ]; then start_process; else start_containers; fi
   deadline=$((SECONDS + 30))
@@ -203,7 +203,7 @@ case ${1-} in
   logs) show_logs 100 ;;
   clean)
     stop
-    ! docker_running || logged agent_compose down --rmi local
+    if docker_running; then logged agent_compose down --rmi local; fi
     rm -f .started.lock
     ;;
   *) fail "it takes start, logs or clean" ;;

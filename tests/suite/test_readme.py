@@ -16,7 +16,6 @@ from test_agent import call
 from test_resource_auth import CALLS
 
 README, HARNESS = ((ROOT / name).read_text() for name in ("README.md", "tests/README.md"))
-SCRIPTS = [ROOT / "verify.sh", *(ROOT / "tests/harness").glob("*.sh")]
 CONTAINER, CLI, HOST = "docker compose run", "docker exec", ".venv/bin/python"
 
 type Steps = list[tuple[str, str]]  # blocks of commands, with what they are shown to print
@@ -165,17 +164,6 @@ def test_symptoms_of_the_agent(
         failure = call(agent_settings | change).failure or ""
         assert symptom.startswith(beginning)
         assert re.search(pattern(symptom), failure), failure
-
-
-def test_symptoms_of_the_harness_stand_in_the_scripts() -> None:
-    """The tests of make, verify.sh and containers provoke them."""
-    scripts = "\n".join(path.read_text() for path in SCRIPTS)
-    scripts = re.sub(r"\$\{[^}]*\}|\$\([^)]*\)+|\$\w+", "…", scripts)
-    for symptom, *_ in rows(HARNESS, "Troubleshooting"):
-        parts = [part for part in re.split("…|: ", quoted(symptom)[0]) if len(part) > 8]
-        assert parts
-        for part in parts:
-            assert part.removeprefix("make: ").strip() in scripts, part
 
 
 # Every command is run, as a reader of each machine would
