@@ -103,7 +103,7 @@ fi
 # shellcheck disable=SC2016 # the variables are jq's
 actual="$status $(json_field --arg uri "$RESOURCE_URI" --arg scope "$scope" 'if .uri == $uri and
   any(.scopes[]; .name == $scope) then .slug elif .uri then "\(.uri) \([.scopes[]?.name])" else empty end')"
-help="are AUTHPLANE_ADMIN_API_KEY and ADMIN_URL those of this tier 01?"
+help="are AUTHPLANE_ADMIN_API_KEY and ADMIN_URL those of this tier 01? If make run has started it, make clean"
 [ "$status" != 200 ] || help="make clean, if make run has started it; else PATCH $ADMIN_URL/admin/resources/$(json_field .id)"
 check "resource: registered" "20[01] $slug" "${actual% }" "$help"
 

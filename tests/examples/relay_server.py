@@ -1,4 +1,9 @@
-"""A protected MCP server whose tool calls another protected MCP server, as itself."""
+"""A protected MCP server whose tool calls another protected MCP server, as itself.
+
+It reads AUTHPLANE_ISSUER; its own URL without `/mcp`, AUTHPLANE_BASE_URL, and its PORT; its client,
+CLIENT_ID and CLIENT_SECRET; the other server's resource and URL, RESOURCE_URI and MCP_URL. With the
+packages of `tests/.venv`: python tests/examples/relay_server.py
+"""
 
 import asyncio
 import os

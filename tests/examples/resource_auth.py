@@ -11,8 +11,8 @@ class ResourceAuth(Auth):
 
     For a client of that one server: the token goes wherever the client calls. For one event loop.
     A request raises authplane.AuthplaneError if no token is issued, httpx.RequestError (also with
-    httpx2) if the authorization server doesn't respond, and after five such failures
-    authplane.CircuitOpenError, for 30 seconds.
+    httpx2) if the authorization server doesn't respond, and after five requests without a
+    response authplane.CircuitOpenError, for 30 seconds.
     """
 
     def __init__(self, client: AuthplaneClient, scopes: list[str], resource: str) -> None:

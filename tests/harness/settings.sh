@@ -20,9 +20,9 @@ fail() {
 # read_settings: sets each of SETTINGS, and exports none. The environment wins over .env, and .env over .env.example,
 # in which a default may be a comment. The files are read, not executed.
 read_settings() {
-  local LC_ALL=C file line name value missing=' ' # the C locale: a file may have any bytes
+  local LC_ALL=C file line name value unset_names=' ' # the C locale: a file may have any bytes
   for name in $SETTINGS; do
-    [ -n "${!name+set}" ] || missing+="$name "
+    [ -n "${!name+set}" ] || unset_names+="$name "
     export -n "${name?}"
   done
   dev_mode_given=${AUTHPLANE_DEV_MODE+yes}
@@ -32,7 +32,7 @@ read_settings() {
       [ "$file" = .env ] || line=${line#\# }
       [[ $line =~ ^[[:space:]]*(export[[:space:]]+)?([A-Z0-9_]+)[[:space:]]*=[[:space:]]*(.*)$ ]] || continue
       name=${BASH_REMATCH[2]} value=${BASH_REMATCH[3]}
-      [[ $missing = *" $name "* ]] || continue
+      [[ $unset_names = *" $name "* ]] || continue
       case $value in
         \"*\"*) value=${value#\"} && value=${value%%\"*} ;;
         \'*\'*) value=${value#\'} && value=${value%%\'*} ;;

@@ -250,8 +250,8 @@ def test_adapting_it(new_sandbox: NewSandbox) -> None:
     """Just the edits of the list make it an example for another tier 01."""
     sandbox, other = new_sandbox(), new_sandbox()
     adapting = section(README, "Run it").split("**Adapting it.**")[1]
-    code, settings = map(quoted, re.findall("(?m)^- (.*)$", adapting))
-    for name, old in zip(code[::2], code[1::2], strict=True):
+    *code, settings = map(quoted, re.findall("(?m)^- (.*)$", adapting))
+    for name, old in code:
         content = (sandbox.clone / name).read_text()
         assert content.count(old) == 1
         new = old.replace("mcp:echo", "my:scope").replace("demo-mcp", "my-mcp")
