@@ -41,14 +41,15 @@ async def read_response(response: httpx.Response, limit: int = 256 * 1024) -> ob
     return json.loads(body)
 
 
-async def main() -> str | None:
-    """Print the response of the expected server, or return the one line that says what failed."""
+async def main() -> None:
+    """Print the response of the expected server; raise SystemExit with the line of a failure."""
     unset = [name for name in REQUIRED if not environ.get(name)]
     if unset:
-        return f"agent: settings: {', '.join(unset)} not set"
+        raise SystemExit(f"agent: settings: {', '.join(unset)} not set")
     url = environ["MCP_URL"]
     server = environ.get("MCP_SERVER_NAME") or "demo-server"
     headers = {"Accept": "application/json, text/event-stream"}
+    accepted = False
     step = "HTTP client (check SSL_CERT_FILE, SSL_CERT_DIR, HTTP_PROXY, HTTPS_PROXY, ALL_PROXY)"
     try:
         async with asyncio.timeout(TOTAL_SECONDS), httpx.AsyncClient(timeout=WAIT_SECONDS) as http:
@@ -60,24 +61,25 @@ async def main() -> str | None:
                     print(json.dumps(reply), "MCP initialize OK", sep="\n")
                 case _:
                     raise ValueError(f"no result.serverInfo.name {server!r} in {json.dumps(reply)}")
+            accepted = True
             session = response.headers.get("Mcp-Session-Id")
             if session:
                 headers |= {"Mcp-Session-Id": session, "MCP-Protocol-Version": "2025-11-25"}
                 await http.send(http.build_request("DELETE", url, headers=headers), stream=True)
     except Exception as error:
-        # with a session, the reply was right: whatever ends the session is not a failure
-        if "Mcp-Session-Id" not in headers:
+        # the reply was right: whatever the end of the session brings is not a failure
+        if not accepted:
             kind = getattr(error, "code", type(error).__name__)
             reason = "" if str(error.__cause__ or error) else "no complete response"
             # printable ASCII only, since a server may have chosen the text
-            return re.sub("[^ -~]", " ", f"agent: {step}: {error!s:.500}{reason} ({kind})"[:999])
-    return None
+            line = f"agent: {step}: {error!s:.500}{reason} ({kind})"
+            raise SystemExit(re.sub("[^ -~]", " ", line[:999])) from None
 
 
 if __name__ == "__main__":
     logging.disable()  # the SDK logs what it also raises
     logging.captureWarnings(True)  # it imports a deprecated module, whose filter no other overrules
     try:
-        raise SystemExit(asyncio.run(main()))
+        asyncio.run(main())
     except KeyboardInterrupt:
         raise SystemExit(130) from None

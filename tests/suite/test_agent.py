@@ -33,7 +33,7 @@ type Reply = Answer | Handler
 type Changes = dict[str, Answer | dict[str, Any]]  # path: a response, or fields of its JSON object
 type Result = subprocess.CompletedProcess[str]
 type StartFakes = Callable[..., Fakes]
-type Main = Callable[[], Coroutine[Any, Any, str | None]]
+type Main = Callable[[], Coroutine[Any, Any, None]]
 
 OK = "authenticated MCP initialize OK"
 TOKEN = "a-token"
@@ -49,7 +49,7 @@ METADATA = "/.well-known/oauth-authorization-server"
 
 
 class Outcome(NamedTuple):
-    """What `agent.main` printed and returned, and the CPU time of its thread."""
+    """What `agent.main` printed, what it ended with, and the CPU time of its thread."""
 
     printed: str
     failure: str | None
@@ -72,8 +72,12 @@ def call(settings: dict[str, str], main: Main = agent.main) -> Outcome:
     }
     with patch.dict(os.environ, environment | settings, clear=True):
         started = time.thread_time()
+        failure = None
         with redirect_stdout(StringIO()) as printed:
-            failure = asyncio.run(main())
+            try:
+                asyncio.run(main())
+            except SystemExit as end:
+                failure = str(end.code)
         return Outcome(printed.getvalue(), failure, time.thread_time() - started)
 
 
