@@ -11,18 +11,22 @@ cd "$(dirname "$0")"
 
 # check NAME EXPECTED ACTUAL HELP: prints a line; ends the run unless ACTUAL matches EXPECTED, a regular expression.
 check() {
-  local mark=✓ actual
-  actual=$(printable "$3")
-  [[ $actual != 000* ]] || actual="no response ($(printable "$(tail -n 1 "$work/error")"))"
-  [[ $actual =~ ^($2)$ ]] || mark=✗
-  printf '%s %-30s %s\n' "$mark" "$1" "$actual"
-  [[ $actual =~ ^($2)$ ]] || fail "$1: expected $2, got $actual: $4"
+  local result
+  result=$(printable "$3")
+  [[ $result != 000* ]] || result="no response ($(printable "$(tail -n 1 "$work/error")"))"
+  if [[ $result =~ ^($2)$ ]]; then
+    printf '✓ %-30s %s\n' "$1" "$result"
+  else
+    printf '✗ %-30s %s\n' "$1" "$result"
+    fail "$1: expected $2, got $result: $4"
+  fi
 }
 
 # admin METHOD PATH [JSON]: sends a request to the admin API.
 admin() {
-  request "$1" "$ADMIN_URL/admin/$2" "Authorization: Bearer $AUTHPLANE_ADMIN_API_KEY
-Content-Type: application/json" ${3+--data "$3"}
+  local headers="Authorization: Bearer $AUTHPLANE_ADMIN_API_KEY
+Content-Type: application/json"
+  request "$1" "$ADMIN_URL/admin/$2" "$headers" ${3+--data "$3"}
 }
 
 # client_field NAME: prints a field of the registered client, or nothing.
@@ -37,7 +41,8 @@ register_client() {
     [ "$status" != 201 ] || mv "$work/body" "$work/client"
     printf '%s' "$status" >"$work/status"
   )
-  status=$(cat "$work/status") CLIENT_ID=$(client_field client_id) CLIENT_SECRET=$(client_field client_secret)
+  status=$(cat "$work/status")
+  CLIENT_ID=$(client_field client_id) CLIENT_SECRET=$(client_field client_secret)
 }
 
 # delete_client: deletes the client, with the tokens that it still has.
@@ -75,7 +80,7 @@ clean_up() {
 
 read_settings
 check_settings
-scope=$MCP_SCOPE slug=demo-mcp network='' agent_pid='' deleted='' container=02-agent-$$-$RANDOM
+network='' agent_pid='' deleted='' container=02-agent-$$-$RANDOM
 see_log="see the log of the authorization server"
 work=$(mktemp -d "${TMPDIR:-/tmp}/tier02.XXXXXX")
 trap clean_up EXIT
@@ -86,29 +91,22 @@ trap 'exit 143' TERM
 # The authorization server: where it is, and where the agent must run to reach it
 request_metadata "$AUTHSERVER_URL"
 check "discovery" 200 "$status" "no authorization server at $AUTHSERVER_URL: make run starts one"
-find_runtime
-printf '  the agent runs %s: %s\n' "$runtime" "$(printable "$reason")"
+issuer=$(json_field '.issuer | strings')
+find_runtime "$issuer"
+printf '  the agent runs %s\n' "$(printable "$runtime")"
 
 # The MCP server rejects a request without a token
 call_mcp ''
 check "no token: rejected" "401 Bearer resource_metadata" "$actual" "is there a protected MCP server at $MCP_URL?"
 
-# The resource: registered once, and compared if it is there already
-admin GET "resources?slug=$slug"
-if [ "$status" = 404 ]; then
-  admin POST resources "$(jq -nc --arg slug "$slug" --arg uri "$RESOURCE_URI" --arg scope "$scope" '{slug: $slug,
-    uri: $uri, backend_kind: "mint", display_name: "Demo MCP", scopes: [{name: $scope, description: "echo tool"}]}')"
-  [ "$status" != 409 ] || admin GET "resources?slug=$slug" # another run was faster
-fi
-# shellcheck disable=SC2016 # the variables are jq's
-actual="$status $(json_field --arg uri "$RESOURCE_URI" --arg scope "$scope" 'if .uri == $uri and
-  any(.scopes[]; .name == $scope) then .slug elif .uri then "\(.uri) \([.scopes[]?.name])" else empty end')"
-help="are AUTHPLANE_ADMIN_API_KEY and ADMIN_URL those of this tier 01? If make run has started it, make clean"
-[ "$status" != 200 ] || help="make clean, if make run has started it; else PATCH $ADMIN_URL/admin/resources/$(json_field .id)"
-check "resource: registered" "20[01] $slug" "${actual% }" "$help"
+# The resource: registered once; 409 if it is there already
+admin POST resources "$(jq -nc --arg uri "$RESOURCE_URI" --arg scope "$MCP_SCOPE" '{slug: "demo-mcp", uri: $uri,
+  backend_kind: "mint", display_name: "Demo MCP", scopes: [{name: $scope, description: "echo tool"}]}')"
+check "resource: registered" "201|409" "$status" \
+  "are AUTHPLANE_ADMIN_API_KEY and ADMIN_URL those of this tier 01? If make run has started it, make clean"
 
 # The client: a new one for each run, since its secret is shown only once
-register_client "$(jq -nc --arg scope "$scope" '{client_name: "demo-agent-client", scope: $scope,
+register_client "$(jq -nc --arg scope "$MCP_SCOPE" '{client_name: "demo-agent-client", scope: $scope,
   grant_types: ["client_credentials"], token_endpoint_auth_method: "client_secret_basic"}')"
 if [[ $status = 201 && (-z $CLIENT_ID || -z $CLIENT_SECRET) ]]; then
   status+=" without client_id and client_secret"
@@ -117,7 +115,7 @@ check "client: registered" 201 "$status" "$see_log"
 
 # The agent
 result=0
-run_agent "$container" >"$work/agent" 2>&1 </dev/null &
+run_agent "$issuer" "$container" >"$work/agent" 2>&1 </dev/null &
 agent_pid=$!
 wait "$agent_pid" || result=$?
 agent_pid=''
@@ -125,21 +123,21 @@ check "agent: accepted" "exit 0, authenticated MCP initialize OK" \
   "exit $result, $(tail -n 1 "$work/agent")" "see Troubleshooting in README.md; make run prepares the agent"
 
 # The authorization server issues a token only to this client, for its scope, for a registered resource
-request_token "$CLIENT_SECRET" "$scope" "$RESOURCE_URI"
+request_token "$CLIENT_SECRET" "$MCP_SCOPE" "$RESOURCE_URI"
 check "token: issued" 200 "$actual" "$see_log"
 token=$(json_field .access_token)
-request_token not-the-secret "$scope" "$RESOURCE_URI"
+request_token not-the-secret "$MCP_SCOPE" "$RESOURCE_URI"
 check "wrong secret: rejected" "401 invalid_client" "$actual" "the authorization server must check the secret"
 request_token "$CLIENT_SECRET" mcp:not-granted "$RESOURCE_URI"
 check "scope not granted: rejected" "400 invalid_scope" "$actual" "the authorization server must not widen scopes"
-request_token "$CLIENT_SECRET" "$scope" "$RESOURCE_URI/not-registered"
+request_token "$CLIENT_SECRET" "$MCP_SCOPE" "$RESOURCE_URI/not-registered"
 check "unknown resource: rejected" "400 invalid_(target|scope)" "$actual" "the authorization server must reject a resource that is not registered"
 
 # The MCP server accepts only tokens that were issued by this authorization server, for this resource
 call_mcp "${token%??????????}AAAAAAAAAA"
 check "tampered token: rejected" "401.*" "$actual" "the MCP server must verify the signature"
-request_token "$CLIENT_SECRET" "$scope"
-check "different audience: issued" 200 "$actual" "$see_log"
+request_token "$CLIENT_SECRET" "$MCP_SCOPE"
+check "token without resource: issued" 200 "$actual" "$see_log"
 call_mcp "$(json_field .access_token)"
 check "different audience: rejected" "401.*" "$actual" "the MCP server must compare the audience with $RESOURCE_URI"
 
@@ -147,6 +145,6 @@ check "different audience: rejected" "401.*" "$actual" "the MCP server must comp
 delete_client
 [ "$status" != 204 ] || deleted=yes
 check "client: deleted" 204 "$status" "delete the client manually"
-request_token "$CLIENT_SECRET" "$scope" "$RESOURCE_URI"
+request_token "$CLIENT_SECRET" "$MCP_SCOPE" "$RESOURCE_URI"
 check "deleted client: rejected" "401 invalid_client" "$actual" "the authorization server must reject a deleted client"
 echo "ALL CHECKS PASSED"

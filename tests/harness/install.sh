@@ -1,42 +1,41 @@
 #!/usr/bin/env bash
 # install.sh FOLDER NAME: installs tests/requirements/NAME.txt into the virtual environment FOLDER, with UV if there is
-# one, else with pip. An environment whose Python is gone, or is not PY, and one that was left half-made, is made anew.
+# one, else with pip. The environment is made anew if it was left half-made, or if its Python was upgraded, is gone, or is not PY.
 set -euo pipefail
 . tests/harness/settings.sh
-folder=$1 requirements=tests/requirements/$2.txt installed=$1/installed-$2.txt
+folder=$1 requirements=tests/requirements/$2.txt installed=$1/installed-$2.txt complete=$1/complete
 
 # version_of PYTHON: prints its version, such as 3.12; fails if there is no such Python, or one that is too old.
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2]); sys.exit(sys.version_info < (3, 12))' 2>/dev/null; }
 
 version=$(version_of "$folder/bin/python") || version=none
-if [ -e "$folder/half-made" ] || [ ! -d "$folder/lib/python$version" ] ||
-  { [ -n "${PY-}" ] && [ "$(version_of "$PY")" != "$version" ]; }; then
+wanted=$(version_of "${PY:-$folder/bin/python}") || wanted=none
+if [ "$version" = "$wanted" ] && [ "$(cat "$complete" 2>/dev/null)" = "$version" ]; then
+  if cmp -s "$requirements" "$installed"; then exit; fi
+else
   python=''
   for candidate in ${PY:-python3.14 python3.13 python3.12 python3}; do
-    if version_of "$candidate" >/dev/null; then
+    if version=$(version_of "$candidate"); then
       python=$candidate
       break
     fi
   done
   [ -n "$python" ] || fail "no Python 3.12 or newer: install one, or name it: make PY=…"
   rm -rf "$folder"
-elif cmp -s "$requirements" "$installed"; then
-  exit
 fi
 
 echo "installing $requirements into $folder"
-mkdir -p "$folder"
-touch "$folder/half-made"
+rm -f "$complete"
 if [ -n "${UV-}" ]; then
-  [ -e "$folder/bin/python" ] || "$UV" venv --quiet --allow-existing --python "$python" "$folder"
+  [ -d "$folder" ] || "$UV" venv --quiet --python "$python" "$folder"
   "$UV" pip install --quiet --python "$folder/bin/python" --requirement "$requirements"
 else
-  if [ ! -e "$folder/bin/python" ]; then
+  if [ ! -d "$folder" ]; then
     "$python" -c 'import ensurepip' 2>/dev/null ||
-      fail "Python has no venv: install it, on Debian and Ubuntu the package python$(version_of "$python")-venv"
+      fail "Python has no venv: install it, on Debian and Ubuntu the package python$version-venv"
     "$python" -m venv "$folder"
   fi
   "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile --requirement "$requirements"
 fi
 cp "$requirements" "$installed"
-rm "$folder/half-made"
+echo "$version" >"$complete"

@@ -18,11 +18,12 @@ fail() {
 }
 
 # read_settings: sets each of SETTINGS, and exports none. The environment wins over .env, and .env over .env.example,
-# in which a default may be a comment. The files are read, not executed.
+# in which a default may be a comment. The files are read, not executed. A value with spaces has quotes.
 read_settings() {
-  local LC_ALL=C file line name value unset_names=' ' # the C locale: a file may have any bytes
+  local LC_ALL=C file line name value not_in_environment=' ' # the C locale: a file may have any bytes
+  local space='[[:space:]]*' quoted="\"[^\"]*\"|'[^']*'" unquoted='[^[:space:]#][^[:space:]]*'
   for name in $SETTINGS; do
-    [ -n "${!name+set}" ] || unset_names+="$name "
+    [ -n "${!name+set}" ] || not_in_environment+="$name "
     export -n "${name?}"
   done
   dev_mode_given=${AUTHPLANE_DEV_MODE+yes}
@@ -30,19 +31,10 @@ read_settings() {
     [ -f "$file" ] || continue
     while IFS= read -r line || [ -n "$line" ]; do
       [ "$file" = .env ] || line=${line#\# }
-      [[ $line =~ ^[[:space:]]*(export[[:space:]]+)?([A-Z0-9_]+)[[:space:]]*=[[:space:]]*(.*)$ ]] || continue
+      [[ $line =~ ^$space(export[[:space:]]+)?([A-Z0-9_]+)$space=$space($quoted|$unquoted)? ]] || continue
       name=${BASH_REMATCH[2]} value=${BASH_REMATCH[3]}
-      [[ $unset_names = *" $name "* ]] || continue
-      case $value in
-        \"*\"*) value=${value#\"} && value=${value%%\"*} ;;
-        \'*\'*) value=${value#\'} && value=${value%%\'*} ;;
-        \#*) value='' ;;
-        *)
-          value=${value%%[[:space:]]\#*}
-          value=${value%"${value##*[![:space:]]}"} # without the spaces at its end
-          ;;
-      esac
-      printf -v "$name" '%s' "$value"
+      value=${value#[\"\']} value=${value%[\"\']}
+      [[ $not_in_environment != *" $name "* ]] || printf -v "$name" '%s' "$value"
     done <"$file"
   done
 }
@@ -56,7 +48,7 @@ check_settings() {
   for name in AUTHSERVER_URL ADMIN_URL MCP_URL; do
     [[ ${!name} =~ ^https?://[^/?#]+ ]] || fail "$name=${!name}: it must begin with http:// or https:// and a host"
   done
-  case $TIER01_RUNTIME in '' | native | docker) ;; *) fail "TIER01_RUNTIME=$TIER01_RUNTIME: it can be native or docker" ;; esac
+  [[ $TIER01_RUNTIME =~ ^(native|docker|)$ ]] || fail "TIER01_RUNTIME=$TIER01_RUNTIME: it can be native or docker"
   AUTHSERVER_URL=${AUTHSERVER_URL%/} ADMIN_URL=${ADMIN_URL%/}
 }
 

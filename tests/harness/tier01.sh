@@ -12,6 +12,9 @@ cd "$(dirname "$0")/../.."
 # logged COMMAND…: runs it without output; if it fails, prints the end of its output on standard error.
 logged() { "$@" >"$work/log" 2>&1 || { tail -n 20 "$work/log" >&2 && return 1; }; }
 
+# docker_running: true if a Docker Engine is running, with Compose v2.
+docker_running() { docker compose version >/dev/null 2>&1 && docker info >/dev/null 2>&1; }
+
 # compose ARGUMENT…: docker compose for the containers that were started from this folder.
 compose() {
   docker compose --ansi never --project-name "$(cat .started/project)" --env-file /dev/null \
@@ -29,7 +32,7 @@ server_running() {
     command=$(ps -o args= -p "$pid") || return
   fi
   [[ $command = *"$PWD/tests/tier01/serve.py"* ]]
-} 2>/dev/null
+}
 
 # responding: true if both servers respond as they should.
 responding() {
@@ -47,12 +50,12 @@ check_ports() {
     [[ ${!url} =~ ^http://(localhost|127\.0\.0\.1):([0-9]+)(/.*)?$ ]] ||
       fail "no authorization server at $AUTHSERVER_URL, and one can be started here only if $url is http://localhost:PORT"
     port=${BASH_REMATCH[2]}
-    if (: <"/dev/tcp/localhost/$port") 2>/dev/null; then
-      fail "another program is listening on port $port: set $url to another one, such as ${!url/:$port/:$((port % 50000 + 10000))}"
+    if (: <"/dev/tcp/localhost/$port") 2>/dev/null; then # the connection was accepted
+      fail "another program is listening on port $port: set $url to another port"
     fi
     printf -v "${name}_PORT" '%s' "$port"
   done
-  [ "${MCP_URL#*://*/}" = "${RESOURCE_URI#*://*/}" ] ||
+  [[ $MCP_URL = */"${RESOURCE_URI#*://*/}" ]] ||
     fail "the MCP server that is started here has the path of RESOURCE_URI=$RESOURCE_URI: set MCP_URL to the same path"
 }
 
@@ -93,13 +96,11 @@ start_containers() {
   echo "starting tier 01 in containers; the image of the MCP server is built first"
   mkdir .started
   echo "${COMPOSE_PROJECT_NAME:-02-calling-another-resource}-tier01-$RANDOM$RANDOM" >.started/project
-  PYTHON_IMAGE=$PYTHON_IMAGE logged compose build ||
-    fail "the image of the MCP server was not built: the end of its log is above"
   (
-    export AUTHSERVER_IMAGE AUTHPLANE_ADMIN_API_KEY AUTHPLANE_SESSION_SECRET RESOURCE_URI MCP_SERVER_NAME MCP_SCOPE \
-      AUTHSERVER_PORT ADMIN_PORT MCP_PORT
-    logged compose up --detach
-  ) || fail "tier 01 did not start: the reason is above"
+    export AUTHSERVER_IMAGE PYTHON_IMAGE AUTHPLANE_ADMIN_API_KEY AUTHPLANE_SESSION_SECRET RESOURCE_URI MCP_SERVER_NAME \
+      MCP_SCOPE AUTHSERVER_PORT ADMIN_PORT MCP_PORT
+    logged compose up --build --detach
+  ) || fail "tier 01 did not start: the end of the log is above"
 }
 
 # start_tier01: starts both servers, and waits until they respond.
@@ -114,34 +115,29 @@ start_tier01() {
   until responding; do
     if [ "$SECONDS" -ge "$deadline" ] || { [ -f .started/pid ] && ! server_running; }; then
       show_logs 20 >&2
-      fail "tier 01 did not start: the end of its log is above"
+      fail "tier 01 did not start: the end of the log is above"
     fi
     sleep 0.1
   done
 }
 
 start() {
-  local what by="started by make run"
+  local what=''
   request_metadata "$AUTHSERVER_URL"
   [ "$status" = 200 ] || start_tier01
-  find_runtime
+  find_runtime "$(json_field '.issuer | strings')"
   if [ -z "$network" ]; then
     tests/harness/install.sh .venv agent
   else
     echo "building the agent's image"
-    PYTHON_IMAGE=$PYTHON_IMAGE logged agent_compose build || fail "the agent's image was not built: the end of its log is above"
+    PYTHON_IMAGE=$PYTHON_IMAGE logged agent_compose build || fail "the agent's image was not built: the end of the log is above"
   fi
   call_mcp ''
-  [ "$status" = 401 ] || fail "there is an authorization server at $AUTHSERVER_URL, but the response of $MCP_URL is ${status/000/missing} instead of 401: set MCP_URL, or run make clean first"
-  if server_running; then
-    what=" (stand-in)"
-  elif [ -n "$(started_containers)" ]; then
-    what=" ($AUTHSERVER_IMAGE)"
-  else
-    what='' by="already running"
-  fi
+  [ "$status" = 401 ] ||
+    fail "the authorization server is running, but $MCP_URL is no protected MCP server (expected 401, got ${status/000/no response}): correct MCP_URL, or make clean"
+  if server_running; then what=" (a stand-in)"; fi
   starting=''
-  echo "tier 01: $AUTHSERVER_URL$what and $MCP_URL, $by"
+  echo "tier 01 is running: $AUTHSERVER_URL$what and $MCP_URL"
 }
 
 # stop: ends what was started from this folder, and nothing else. If something does not end, it says so, keeps .started
@@ -170,7 +166,7 @@ show_logs() {
   if [ -f .started/log ]; then
     tail -n "$1" .started/log
   elif [ -f .started/project ]; then
-    compose logs --no-color --tail "$1" | sed $'s/\e\\[2K//g' # with which Compose 2.26 clears lines, in a pipe, too
+    compose logs --no-color --tail "$1"
   else
     fail "no logs: make run has started nothing from this folder"
   fi
@@ -187,7 +183,7 @@ clean_up() {
   exit "$result"
 }
 
-starting='' network='' work=$(mktemp -d "${TMPDIR:-/tmp}/tier02.XXXXXX")
+starting='' work=$(mktemp -d "${TMPDIR:-/tmp}/tier02.XXXXXX")
 trap clean_up EXIT
 trap 'exit 129' HUP
 trap 'exit 130' INT
@@ -197,7 +193,7 @@ case ${1-} in
     read_settings
     check_settings
     ln -s $$ .started.lock 2>/dev/null ||
-      fail "process $(readlink .started.lock) is at work in this folder: wait for its end; if it was killed, make clean"
+      fail "process $(readlink .started.lock) is running in this folder: wait for its end; if it was killed, make clean"
     start
     ;;
   logs) show_logs 100 ;;

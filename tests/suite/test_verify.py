@@ -9,7 +9,6 @@ import subprocess
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from urllib.parse import unquote_plus
 
 import psutil
 import pytest
@@ -25,7 +24,7 @@ CHECKS = """\
 ✓ discovery                      200
   the agent runs on this host: the issuer is http://localhost:PORT
 ✓ no token: rejected             401 Bearer resource_metadata
-✓ resource: registered           200 demo-mcp
+✓ resource: registered           409
 ✓ client: registered             201
 ✓ agent: accepted                exit 0, authenticated MCP initialize OK
 ✓ token: issued                  200
@@ -33,7 +32,7 @@ CHECKS = """\
 ✓ scope not granted: rejected    400 invalid_scope
 ✓ unknown resource: rejected     400 invalid_target
 ✓ tampered token: rejected       401 Bearer invalid_token resource_metadata
-✓ different audience: issued     200
+✓ token without resource: issued 200
 ✓ different audience: rejected   401 Bearer invalid_token resource_metadata
 ✓ client: deleted                204
 ✓ deleted client: rejected       401 invalid_client
@@ -102,9 +101,8 @@ def test_reads_settings_from_dotenv_without_executing_it(served: Sandbox) -> Non
     ]
     dotenv = served.clone / ".env"
     dotenv.write_text("".join(f"{line}\r\n" for line in lines), encoding="latin-1")
-    told = CHECKS.replace("the issuer is http://localhost:PORT", "TIER01_RUNTIME=native")
     result = served.verify(ADMIN_URL=f"{served.authserver.admin_url}/")
-    assert (masked(result.stdout), result.stderr) == (told, "")
+    assert (masked(result.stdout), result.stderr) == (CHECKS, "")
     assert not (served.clone / "ran").exists()
     assert "no token: rejected" not in served.verify(AUTHSERVER_URL="").stdout
     assert "registered: expected" in served.verify().stderr
@@ -120,39 +118,33 @@ def test_reads_settings_from_dotenv_without_executing_it(served: Sandbox) -> Non
         ("http://auth.example/?x=://localhost:1", False),
     ],
 )
-def test_which_issuer_is_on_this_host(sandbox: Sandbox, url: str, local: bool) -> None:
+def test_which_url_is_of_this_host(sandbox: Sandbox, url: str, local: bool) -> None:
+    """The agent gets no proxy if both servers are on this host."""
     script = f". tests/harness/settings.sh; is_local '{url}'"
     assert sandbox.run("bash", "-c", script).returncode == (0 if local else 1)
 
 
 OK = http_response("200 OK", "{}")
+REDIRECT = http_response("307 No", location="/mcp?x")
+NOT_FOUND = http_response("404 Not Found")
+WRONG_KEY = http_response("401 Unauthorized")
 ERROR = http_response("400 Bad Request", json.dumps({"error": "\x1b[31m\r\nALL" + "\x01" * 5_000}))
 HOSTILE = http_response("200 OK", json.dumps({"issuer": "ftp://x\x1b[31m\r\nALL"}))
 QUERY = http_response("200 OK", json.dumps({"issuer": "http://no.invalid/?x=://localhost:1"}))
-MIB = b"HTTP/1.1 200 OK\r\n\r\n" + bytes(2**20)
 TAMPERED, UNTAMPERED = rb"Bearer .*AAAA\r", rb"(?s)curl/(?!.*AAAA\r).*Bearer "  # by verify.sh
 
 BROKEN: dict[str, dict[str, tuple[Change, str]]] = {
     "MCP_URL": {
         "accepts all": (when(b"", OK), "no token: rejected"),
-        "redirects": (
-            when(b"/mcp HTTP", http_response("307 No", location="/mcp?x")),
-            "no token: rejected",
-        ),
+        "redirects": (when(b"/mcp HTTP", REDIRECT), "no token: rejected"),
         "names no metadata": (replacing(b"resource_meta", b"resource_mega"), "no token: rejected"),
-        "wants Basic": (replacing(b": Bearer ", b": Basic  "), "no token: rejected"),
-        "closes the connection": (when(b"", b""), "got no response (curl: (52)"),
-        "does not respond": (when(b"", None), "got no response (curl: (28)"),
-        "sends too much": (when(b"", MIB), "got no response (the response is too large)"),
+        "does not respond": (when(b"", None), "got no response ("),
         "is another": (replacing(b"demo-server", b"my_server_1"), "agent: accepted"),
         "accepts tampered tokens": (when(TAMPERED, OK), "tampered token: rejected"),
         "accepts all audiences": (when(UNTAMPERED, OK), "different audience: rejected"),
     },
     "AUTHSERVER_URL": {
-        "no metadata": (
-            when(b"GET", http_response("404 Not Found")),
-            "no authorization server at http://",
-        ),
+        "no metadata": (when(b"GET", NOT_FOUND), "no authorization server at http://"),
         "no issuer": (replacing(b'"issuer"', b'"iss"   '), "has no issuer"),
         "hostile issuer": (when(b"GET", HOSTILE), "ftp://x [31m  ALL: it must begin with http"),
         "issuer elsewhere": (when(b"GET", QUERY), "localhost:1 is not reachable from this host"),
@@ -162,12 +154,7 @@ BROKEN: dict[str, dict[str, tuple[Change, str]]] = {
         "issues for all resources": (when(b"not-registered", OK), "unknown resource: rejected"),
     },
     "ADMIN_URL": {
-        "another key": (
-            when(b"", http_response("401 No")),
-            "got 401: are AUTHPLANE_ADMIN_API_KEY",
-        ),
-        "another uri": (replacing(b'/mcp"', b'/api"'), '/api ["mcp:echo"]'),
-        "another scope": (replacing(b"mcp:echo", b"mcp:else"), '/mcp ["mcp:else"]'),
+        "another key": (when(b"", WRONG_KEY), "got 401: are AUTHPLANE_ADMIN_API_KEY"),
     },
 }
 
@@ -223,16 +210,10 @@ def test_says_which_setting_is_wrong(sandbox: Sandbox, setting: str, told: str) 
     assert sandbox.verify(**{name: value}).stderr.startswith(f"verify.sh: {told}")
 
 
-@pytest.mark.parametrize("missing", ["bin/curl", "bin/jq", "clone/.venv"])
-def test_says_what_is_missing(served: Sandbox, missing: str) -> None:
-    """That is a tool, or the agent's packages."""
-    (served.folder / missing).unlink()
-    result = served.verify()
-    assert result.returncode == 1
-    name = missing.split("/")[1]
-    told = f": {name} is missing: install it" if name in ("curl", "jq") else "make run prepares"
-    assert told in result.stderr
-    assert served.left() == []
+@pytest.mark.parametrize("tool", ["curl", "jq"])
+def test_says_which_tool_is_missing(sandbox: Sandbox, tool: str) -> None:
+    (sandbox.folder / "bin" / tool).unlink()
+    assert f"verify.sh: {tool} is missing: install it" in sandbox.verify().stderr
 
 
 def test_brackets_in_an_issuer_are_not_many_requests(
@@ -252,29 +233,6 @@ def test_metadata_of_an_issuer_with_a_path(fake: StartFake, sandbox: Sandbox) ->
     assert paths == ["/.well-known/oauth-authorization-server/tenant"]
 
 
-def test_looks_again_if_another_run_registers_the_resource(
-    intercept: Intercept, served: Sandbox
-) -> None:
-    late = [http_response("404 Not Found"), http_response("409 Conflict")]
-    created: list[Request] = []
-
-    def raced(request: Request, forward: Handler) -> Answer:
-        if "resources" not in request.path or not late:
-            return forward(request)
-        created.append(request)
-        return late.pop(0)
-
-    result = served.verify(**intercept(ADMIN_URL=raced))
-    assert masked(result.stdout) == CHECKS
-    assert json.loads(created[1].body) == {
-        "slug": "demo-mcp",
-        "uri": served.mcp_url,
-        "backend_kind": "mint",
-        "display_name": "Demo MCP",
-        "scopes": [{"name": "mcp:echo", "description": "echo tool"}],
-    }
-
-
 def test_older_servers_answer_invalid_scope(intercept: Intercept, served: Sandbox) -> None:
     older = replacing(b'"invalid_target"', b'"invalid_scope" ')
     result = served.verify(**intercept(AUTHSERVER_URL=older))
@@ -286,34 +244,27 @@ def basic(client_id: str, secret: str) -> str:
 
 
 def test_a_secret_of_any_characters(intercept: Intercept, served: Sandbox) -> None:
-    """It is registered, given to the agent, and sent as RFC 6749, section 2.3.1, says."""
-    registered: list[str] = []
-    odd = "+/=&%: x"
-    agent = served.clone / ".venv/bin/python"  # the real one calls the authorization server itself
+    """It is sent as RFC 6749, section 2.3.1, says; the agent is not the subject."""
     (served.clone / ".venv").unlink()
+    agent = served.clone / ".venv/bin/python"
     agent.parent.mkdir(parents=True)
-    agent.write_text(f"#!/bin/sh\necho $CLIENT_SECRET >{served.folder}/seen\necho {ACCEPTED}\n")
+    agent.write_text(f"#!/bin/sh\necho {ACCEPTED}\n")
     agent.chmod(0o755)
+    sent: list[str] = []
 
-    def other_secret(request: Request, forward: Callable[[Request], bytes]) -> Answer:
-        response = forward(request)
-        if request.method == "POST":
-            secret = json.loads(response.split(b"\r\n\r\n")[1])["client_secret"]
-            registered.append(secret)
-            response = response.replace(secret.encode(), odd.ljust(len(secret), "+").encode())
-        return response
-
-    def real_secret(request: Request, forward: Handler) -> Answer:
-        scheme, _, value = request.headers.get("authorization", "").partition(" ")
-        if scheme == "Basic":
-            client_id, secret = base64.b64decode(value).decode().split(":")
-            if unquote_plus(secret).startswith(odd):
-                request.headers["authorization"] = basic(client_id, registered[0])
+    def odd_secret(request: Request, forward: Handler) -> Answer:
+        if request.method == "POST" and "clients" in request.path:
+            client = {"client_id": "id", "client_secret": "+/=&%: x"}
+            return http_response("201 Created", json.dumps(client))
         return forward(request)
 
-    result = served.verify(**intercept(ADMIN_URL=other_secret, AUTHSERVER_URL=real_secret))
-    assert masked(result.stdout) == CHECKS, result
-    assert (served.folder / "seen").read_text().startswith(odd)
+    def recorded(request: Request, forward: Handler) -> Answer:
+        if request.method == "POST":
+            sent.append(request.headers["authorization"])
+        return forward(request)
+
+    served.verify(**intercept(ADMIN_URL=odd_secret, AUTHSERVER_URL=recorded))
+    assert sent == [basic("id", "%2B%2F%3D%26%25%3A%20x")]
 
 
 def test_a_registration_without_a_secret(intercept: Intercept, served: Sandbox) -> None:
