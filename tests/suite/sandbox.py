@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from itertools import chain
 from pathlib import Path
 
 import psutil
@@ -57,8 +58,10 @@ class Sandbox:
         self.mcp_url = f"{mcp_server}/mcp"
         self.authserver = Authserver(self.issuer, admin_url)
         self.started: list[subprocess.Popen[str]] = []
-        self.copy_repository()
-        self.configure(
+        # what a clone has, uncommitted changes included; ROOT need not be a git clone
+        ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split()]
+        shutil.copytree(ROOT, self.clone, ignore=shutil.ignore_patterns(".git", *ignored))
+        self.change_defaults(
             AUTHPLANE_ISSUER=self.issuer,
             AUTHSERVER_URL=self.issuer,
             ADMIN_URL=admin_url,
@@ -71,13 +74,8 @@ class Sandbox:
             for name in (".venv", "tests/.venv"):
                 (self.clone / name).symlink_to(ROOT / name)
 
-    def copy_repository(self) -> None:
-        """Copy what a clone has, uncommitted changes included; ROOT need not be a git clone."""
-        ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split()]
-        shutil.copytree(ROOT, self.clone, ignore=shutil.ignore_patterns(".git", *ignored))
-
-    def configure(self, **settings: str) -> None:
-        """Change defaults in .env.example."""
+    def change_defaults(self, **settings: str) -> None:
+        """Change settings in .env.example."""
         path = self.clone / ".env.example"
         text = path.read_text()
         for name, value in settings.items():
@@ -191,11 +189,8 @@ class Sandbox:
 
     def left(self) -> list[object]:
         """Return what is left of what was started: processes, files, Docker objects."""
-        left: list[object] = [*self.processes()]
-        left += [*(self.folder / "tmp").iterdir(), *self.clone.glob(".started*")]
-        for names in self.docker_objects().values():
-            left += names
-        return left
+        files = [*(self.folder / "tmp").iterdir(), *self.clone.glob(".started*")]
+        return [*self.processes(), *files, *chain(*self.docker_objects().values())]
 
     def close(self) -> None:
         """End every process, and remove every Docker object, that was started here."""

@@ -169,19 +169,14 @@ def test_symptoms_of_the_agent(
 # Every command is run, as a reader of each machine would
 
 
-def shell_blocks(text: str) -> Steps:
-    """Return blocks of commands with what they are shown to print.
-
-    That stands in comments of the block, or in a block of text that follows.
-    """
-    found = re.findall(r"(?s)```sh\n(.*?)```\n(?:(?:(?!```).)*\n```text\n(.*?)```)?", text)
-    assert len(found) == text.count("```sh\n")
-    comment = re.compile("(?m)^# (.*\n)")
-    return [(each, printed or "".join(comment.findall(each))) for each, printed in found]
+def steps_of(text: str) -> Steps:
+    """Return blocks of commands with what they are shown to print, in comments of the block."""
+    printed = re.compile("(?m)^# (.*\n)")
+    return [(block, "".join(printed.findall(block))) for block in blocks(text, "sh")]
 
 
 def by_hand() -> Steps:
-    return shell_blocks(section(README, "Step by step"))
+    return steps_of(section(README, "Step by step"))
 
 
 def by_hand_in_containers() -> Steps:
@@ -193,25 +188,25 @@ def by_hand_in_containers() -> Steps:
 
 
 def follow(sandbox: Sandbox, steps: Steps) -> None:
-    """Run blocks of commands one after the other in one shell, and compare what they print."""
+    """Run blocks of commands one after the other in one shell; compare the end of their output."""
     script = "".join(f"{commands}echo '--- end of block'\n" for commands, _ in steps)
     (sandbox.folder / "script").write_text(rewritten(f"set -e\n{script}", sandbox))
     result = sandbox.run("bash", sandbox.folder / "script")
     assert result.returncode == 0, result
     *outputs, last = result.stdout.split("--- end of block\n")
     assert (len(outputs), last) == (len(steps), "")
-    for output, (commands, expected) in zip(outputs, steps, strict=True):
-        end = output
-        if not commands.startswith("make verify"):  # elsewhere what make prints is not shown
-            lines = output.splitlines(keepends=True)
-            end = "".join(lines[len(lines) - expected.count("\n") :])
+    for output, (_, expected) in zip(outputs, steps, strict=True):
+        lines = output.splitlines(keepends=True)
+        end = "".join(lines[len(lines) - expected.count("\n") :])
         assert re.fullmatch(pattern(rewritten(expected, sandbox)), end), result
     assert sandbox.make("clean").returncode == 0
     assert sandbox.left() == []
 
 
 def test_run_it(new_sandbox: NewSandbox) -> None:
-    follow(new_sandbox("uv", prepared=False), shell_blocks(section(README, "Run it")))
+    text = section(README, "Run it")
+    [(verify, _), three_steps] = steps_of(text)
+    follow(new_sandbox("uv", prepared=False), [(verify, blocks(text, "text")[0]), three_steps])
 
 
 @pytest.mark.parametrize("tools", [[], ["docker"]], ids=["no Docker", "Docker without the image"])
@@ -230,7 +225,7 @@ def test_step_by_step_with_the_stand_in_in_containers(
 ) -> None:
     """The stand-in has no CLI: verify.sh registers the resource."""
     sandbox = new_sandbox("docker")
-    [(commands, _)] = shell_blocks(HARNESS.replace("stand-in", f"{sandbox.name}-stand-in"))
+    [(commands, _)] = steps_of(HARNESS.replace("stand-in", f"{sandbox.name}-stand-in"))
     build_and_verify, remove = commands.split("make clean\n")
     issuer, _, *steps = by_hand_in_containers()
     follow(sandbox, [(build_and_verify, "ALL CHECKS PASSED\n"), issuer, *steps, (remove, "")])
