@@ -120,7 +120,7 @@ agent_pid=$!
 wait "$agent_pid" || result=$?
 agent_pid=''
 check "agent: accepted" "exit 0, authenticated MCP initialize OK" \
-  "exit $result, $(tail -n 1 "$work/agent")" "see Troubleshooting in README.md; make run prepares the agent"
+  "exit $result, $(tail -n 1 "$work/agent")" "make run prepares it; see Troubleshooting in README.md and tests/README.md"
 
 # The authorization server issues a token only to this client, for its scope, for a registered resource
 request_token "$CLIENT_SECRET" "$MCP_SCOPE" "$RESOURCE_URI"
