@@ -11,8 +11,8 @@ request() {
   shift 3
   rm -f "$work/headers" "$work/body"
   status=$(printf '%s\n' "$headers" | curl --disable --silent --show-error --max-time 10 --max-filesize 1000000 \
-    --noproxy "$no_proxy_list" --suppress-connect-headers --dump-header "$work/headers" --output "$work/body" \
-    --write-out '%{http_code}' --request "$method" --header @- "$@" --globoff --url "$url" 2>"$work/error") || status=000
+    --noproxy "$no_proxy_list" --dump-header "$work/headers" --output "$work/body" --write-out '%{http_code}' \
+    --request "$method" --header @- "$@" --globoff --url "$url" 2>"$work/error") || status=000
 }
 
 # json_field [JQ OPTION]… FILTER: prints what the filter finds in the last response, or nothing.

@@ -108,30 +108,31 @@ def test_reads_settings_from_dotenv_without_executing_it(served: Sandbox) -> Non
     assert "registered: expected" in served.verify().stderr
 
 
-@pytest.mark.parametrize(
-    ("url", "local"),
-    [
-        ("http://127.0.0.1", True),
-        ("http://localhost:1/a", True),
-        ("http://[::1]:9000", True),
-        ("http://localhost.example", False),
-        ("http://auth.example/?x=://localhost:1", False),
-    ],
-)
-def test_which_url_is_of_this_host(sandbox: Sandbox, url: str, local: bool) -> None:
+def test_which_url_is_of_this_host(sandbox: Sandbox) -> None:
     """The agent gets no proxy if both servers are on this host."""
-    script = f". tests/harness/settings.sh; is_local '{url}'"
-    assert sandbox.run("bash", "-c", script).returncode == (0 if local else 1)
+    here = ["http://127.0.0.1", "http://localhost:1/a", "http://[::1]:9000"]
+    elsewhere = ["http://localhost.example", "http://auth.example/?x=://localhost:1"]
+    for url in here + elsewhere:
+        script = f". tests/harness/settings.sh; is_local '{url}'"
+        assert (sandbox.run("bash", "-c", script).returncode == 0) == (url in here), url
 
 
 OK = http_response("200 OK", "{}")
 REDIRECT = http_response("307 No", location="/mcp?x")
 NOT_FOUND = http_response("404 Not Found")
+TOO_MUCH = http_response("200 OK", bytes(2**20))
 WRONG_KEY = http_response("401 Unauthorized")
 ERROR = http_response("400 Bad Request", json.dumps({"error": "\x1b[31m\r\nALL" + "\x01" * 5_000}))
 HOSTILE = http_response("200 OK", json.dumps({"issuer": "ftp://x\x1b[31m\r\nALL"}))
 QUERY = http_response("200 OK", json.dumps({"issuer": "http://no.invalid/?x=://localhost:1"}))
-TAMPERED, UNTAMPERED = rb"Bearer .*AAAA\r", rb"(?s)curl/(?!.*AAAA\r).*Bearer "  # by verify.sh
+
+
+def accepts_all_audiences(request: Request, forward: Handler) -> Answer:
+    """Accept a token that verify.sh sends, unless it has tampered with it."""
+    token = request.headers.get("authorization", "")
+    by_verify = "curl" in request.headers["user-agent"]
+    return OK if by_verify and token and not token.endswith("AAAA") else forward(request)
+
 
 BROKEN: dict[str, dict[str, tuple[Change, str]]] = {
     "MCP_URL": {
@@ -139,9 +140,10 @@ BROKEN: dict[str, dict[str, tuple[Change, str]]] = {
         "redirects": (when(b"/mcp HTTP", REDIRECT), "no token: rejected"),
         "names no metadata": (replacing(b"resource_meta", b"resource_mega"), "no token: rejected"),
         "does not respond": (when(b"", None), "got no response ("),
+        "sends too much": (when(b"", TOO_MUCH), "got no response ("),
         "is another": (replacing(b"demo-server", b"my_server_1"), "agent: accepted"),
-        "accepts tampered tokens": (when(TAMPERED, OK), "tampered token: rejected"),
-        "accepts all audiences": (when(UNTAMPERED, OK), "different audience: rejected"),
+        "accepts tampered tokens": (when(rb"Bearer .*AAAA\r", OK), "tampered token: rejected"),
+        "accepts all audiences": (accepts_all_audiences, "different audience: rejected"),
     },
     "AUTHSERVER_URL": {
         "no metadata": (when(b"GET", NOT_FOUND), "no authorization server at http://"),
@@ -180,34 +182,27 @@ def test_fails_for(intercept: Intercept, served: Sandbox, server: str, case: str
 
 
 STAYS = {
-    "500 Oops": r"client: deleted: expected 204, got 500.*\n.*client {} was not deleted \(500\): ",
+    "500 Oops": "client {} was not deleted (500): delete it manually",
     "204 No Content": "deleted client: rejected: expected 401 invalid_client, got 200",
 }
 
 
-@pytest.mark.parametrize(("answer", "told"), STAYS.items(), ids=STAYS)
+@pytest.mark.parametrize(("response", "told"), STAYS.items(), ids=STAYS)
 def test_fails_if_the_client_stays(
-    intercept: Intercept, served: Sandbox, answer: str, told: str
+    intercept: Intercept, served: Sandbox, response: str, told: str
 ) -> None:
     before = served.authserver.clients()
-    result = served.verify(**intercept(ADMIN_URL=when(b"DELETE", http_response(answer))))
+    result = served.verify(**intercept(ADMIN_URL=when(b"DELETE", http_response(response))))
     [client] = set(served.authserver.clients()) - set(before)
     served.authserver.delete_client(client)
     assert result.returncode == 1
-    assert re.search(told.format(client), result.stderr)
+    assert told.format(client) in result.stderr
 
 
-SETTINGS = {
-    "MCP_URL=localhost:1": "MCP_URL=localhost:1: it must begin with http:// or https://",
-    "MCP_URL=http://": "MCP_URL=http://: it must begin with http:// or https:// and a host",
-    "TIER01_RUNTIME=podman": "TIER01_RUNTIME=podman: it can be native or docker",
-}
-
-
-@pytest.mark.parametrize(("setting", "told"), SETTINGS.items(), ids=SETTINGS)
-def test_says_which_setting_is_wrong(sandbox: Sandbox, setting: str, told: str) -> None:
-    name, value = setting.split("=")
-    assert sandbox.verify(**{name: value}).stderr.startswith(f"verify.sh: {told}")
+@pytest.mark.parametrize("url", ["localhost:1", "http://"])
+def test_says_which_url_is_wrong(sandbox: Sandbox, url: str) -> None:
+    told = f"verify.sh: MCP_URL={url}: it must begin with http:// or https:// and a host"
+    assert sandbox.verify(MCP_URL=url).stderr.startswith(told)
 
 
 @pytest.mark.parametrize("tool", ["curl", "jq"])
@@ -272,15 +267,14 @@ def test_a_registration_without_a_secret(intercept: Intercept, served: Sandbox) 
     deleted: list[str] = []
 
     def without_secret(request: Request, forward: Handler) -> Answer:
-        if request.method == "POST":
-            return http_response("201 Created", json.dumps({"client_id": "../x"}))
         if request.method == "DELETE":
             deleted.append(request.path)
+        if "clients" in request.path:
+            return http_response("201 Created", json.dumps({"client_id": "../x"}))
         return forward(request)
 
     result = served.verify(**intercept(ADMIN_URL=without_secret))
     assert "got 201 without client_id and client_secret" in result.stderr
-    assert "client ../x was not deleted (404)" in result.stderr
     assert deleted == ["/admin/clients/..%2Fx?force=true"]
 
 
