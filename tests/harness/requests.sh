@@ -9,7 +9,6 @@ no_proxy_list="localhost,127.0.0.1,::1,${no_proxy-${NO_PROXY-}}"
 request() {
   local method=$1 url=$2 headers=$3
   shift 3
-  rm -f "$work/headers" "$work/body"
   status=$(printf '%s\n' "$headers" | curl --disable --silent --show-error --max-time 10 --max-filesize 1000000 \
     --noproxy "$no_proxy_list" --dump-header "$work/headers" --output "$work/body" --write-out '%{http_code}' \
     --request "$method" --header @- "$@" --globoff --url "$url" 2>"$work/error") || status=000
@@ -25,7 +24,7 @@ request_metadata() {
 }
 
 # call_mcp TOKEN: POSTs what the agent POSTs, without a token if it is empty. Sets actual to the status, followed by what
-# a Bearer challenge has of RFC 6750 and RFC 9728.
+# the challenge has of RFC 6750 and RFC 9728.
 call_mcp() {
   local challenge word headers="Accept: application/json, text/event-stream
 Content-Type: application/json"
@@ -34,7 +33,7 @@ Authorization: Bearer $1"
   request POST "$MCP_URL" "$headers" --data '{"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {"protocolVersion":
     "2025-11-25", "capabilities": {}, "clientInfo": {"name": "demo-agent", "version": "0.1.0"}}}'
   actual=$status
-  challenge=$(LC_ALL=C grep -is '^www-authenticate: Bearer ' "$work/headers") || challenge=''
+  challenge=$(grep -is '^www-authenticate:' "$work/headers") || challenge=''
   for word in Bearer invalid_token resource_metadata; do
     [[ $challenge != *"$word"* ]] || actual+=" $word"
   done

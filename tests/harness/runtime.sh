@@ -20,7 +20,6 @@ find_runtime() {
   if [[ -z $network && $AUTHSERVER_URL =~ :([0-9]+)(/.*)?$ ]]; then
     port=${BASH_REMATCH[1]}
     network=$(docker ps --filter "publish=$port" --format '{{.Networks}}' 2>/dev/null) || network=''
-    network=${network%%,*}
   fi
   [ -n "$network" ] ||
     fail "the issuer $1 is not reachable from this host, so the agent must run in tier 01's Docker network: start Docker, or set TIER01_NETWORK"
