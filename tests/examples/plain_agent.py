@@ -1,4 +1,4 @@
-"""POST an MCP `initialize` and check which server answers (MCP 2025-11-25, Streamable HTTP)."""
+"""POST an MCP `initialize` and check which server responds (MCP 2025-11-25, Streamable HTTP)."""
 
 import asyncio
 import json
@@ -26,13 +26,14 @@ async def read_response(response: httpx.Response, limit: int = 256 * 1024) -> ob
     async for chunk in response.aiter_bytes():
         limit -= len(chunk) + 16  # a chunk costs time, however small it is
         if limit < 0:
-            raise ValueError("the response exceeds 256 KiB")
+            raise ValueError("the response is too large, or in too many chunks")
         for byte in chunk:
             body.append(byte)
             # an event ends with a blank line; that of CR LF CR LF is seen at its LF CR
             if is_stream and body.endswith((b"\n\n", b"\n\r", b"\r\r")):
                 data = [line[5:] for line in body.splitlines() if line.startswith(b"data:")]
                 body.clear()
+                # an event without data, such as a comment, is null
                 match json.loads(b"\n".join(data).strip() or b"null"):
                     case {"id": 1, "result": _} | {"id": 1, "error": _} as reply:
                         return reply
@@ -42,7 +43,7 @@ async def read_response(response: httpx.Response, limit: int = 256 * 1024) -> ob
 
 
 async def main() -> None:
-    """Print the response of the expected server; raise SystemExit with the line of a failure."""
+    """Print the response of the expected server; raise SystemExit with one line if that fails."""
     unset = [name for name in REQUIRED if not environ.get(name)]
     if unset:
         raise SystemExit(f"agent: settings: {', '.join(unset)} not set")
@@ -65,20 +66,20 @@ async def main() -> None:
             session = response.headers.get("Mcp-Session-Id")
             if session:
                 headers |= {"Mcp-Session-Id": session, "MCP-Protocol-Version": "2025-11-25"}
-                await http.send(http.build_request("DELETE", url, headers=headers), stream=True)
+                async with http.stream("DELETE", url, headers=headers):
+                    pass  # nothing of the response is needed
     except Exception as error:
-        # the reply was right: whatever the end of the session brings is not a failure
-        if not accepted:
+        if not accepted:  # otherwise only the end of the session has failed
             kind = getattr(error, "code", type(error).__name__)
-            reason = "" if str(error.__cause__ or error) else "no complete response"
+            reason = str(error) or "no complete response"
+            line = f"agent: {step}: {reason} ({kind})"
             # printable ASCII only, since a server may have chosen the text
-            line = f"agent: {step}: {error!s:.500}{reason} ({kind})"
             raise SystemExit(re.sub("[^ -~]", " ", line[:999])) from None
 
 
 if __name__ == "__main__":
     logging.disable()  # the SDK logs what it also raises
-    logging.captureWarnings(True)  # it imports a deprecated module, whose filter no other overrules
+    logging.captureWarnings(True)  # a module that it imports is deprecated
     try:
         asyncio.run(main())
     except KeyboardInterrupt:

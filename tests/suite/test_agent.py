@@ -1,23 +1,22 @@
-"""The agent: what it sends, every form of reply that it reads, and one line for every failure.
+"""The agent: what it sends, the forms of a reply that it reads, and one line for each failure.
 
 The cases run `agent.main` in the process of the test, with real HTTP to fake servers; a few run the
 program. The gate runs them with other versions of the SDK and of Python, too.
 """
 
 import asyncio
-import gzip
 import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from textwrap import dedent, indent
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 from unittest.mock import patch
 from urllib.parse import parse_qsl
 
@@ -26,34 +25,28 @@ import pytest
 
 import plain_agent
 from conftest import StartFake
-from fakes import RESET, Answer, Fake, Handler, Request, http_response
+from fakes import Answer, Fake, Request, http_response
 from sandbox import ROOT, Sandbox, wait_until
 
-type Reply = Answer | Handler
-type Changes = dict[str, Answer | dict[str, Any]]  # path: a response, or fields of its JSON object
-type Result = subprocess.CompletedProcess[str]
 type StartFakes = Callable[..., Fakes]
-type Main = Callable[[], Coroutine[Any, Any, None]]
 
 OK = "authenticated MCP initialize OK"
-TOKEN = "a-token"
 HOSTILE = "\x1b[2J\x9b\u202e"  # escape, C1, right-to-left override
 RESULT = {"serverInfo": {"name": "demo-server"}, "instructions": HOSTILE}
 REPLY = {"jsonrpc": "2.0", "id": 1, "result": RESULT}
-OTHER = {"jsonrpc": "2.0", "id": 2, "result": RESULT}
+OTHER_ID = {"jsonrpc": "2.0", "id": 2, "result": RESULT}
+OTHER_NAME = {"jsonrpc": "2.0", "id": 1, "result": {"serverInfo": {"name": "demo-server-2"}}}
 ERROR = {"jsonrpc": "2.0", "id": 1, "error": {"code": -32602, "message": "Unsupported version"}}
 NOTIFICATION = {"jsonrpc": "2.0", "method": "notifications/message", "params": {"data": "\u2028"}}
-STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
-LENGTHY = b"HTTP/1.1 200 OK\r\ncontent-length: 999999999\r\n\r\n"
+PING = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
 METADATA = "/.well-known/oauth-authorization-server"
 
 
 class Outcome(NamedTuple):
-    """What `agent.main` printed, what it ended with, and the CPU time of its thread."""
+    """What `agent.main` printed, and what it ended with."""
 
     printed: str
     failure: str | None
-    cpu_seconds: float
 
 
 class Fakes(NamedTuple):
@@ -64,50 +57,46 @@ class Fakes(NamedTuple):
     settings: dict[str, str]
 
 
-def call(settings: dict[str, str], main: Main = agent.main) -> Outcome:
+def call(settings: dict[str, str], program: ModuleType = agent) -> Outcome:
     """Run `agent.main` with these settings, and none of the environment."""
-    environment = {
-        "NO_PROXY": "localhost",  # macOS has proxies outside of the environment
-        "SSL_CERT_DIR": os.curdir,  # no certificates, which take 40 ms to load: all is http
-    }
-    with patch.dict(os.environ, environment | settings, clear=True):
-        started = time.thread_time()
-        failure = None
-        with redirect_stdout(StringIO()) as printed:
-            try:
-                asyncio.run(main())
-            except SystemExit as end:
-                failure = str(end.code)
-        return Outcome(printed.getvalue(), failure, time.thread_time() - started)
+    no_proxy = {"NO_PROXY": "localhost"}  # macOS has proxies outside of the environment
+    environment = patch.dict(os.environ, no_proxy | settings, clear=True)
+    with environment, redirect_stdout(StringIO()) as printed:
+        try:
+            asyncio.run(program.main())
+        except SystemExit as end:
+            return Outcome(printed.getvalue(), str(end.code))
+        return Outcome(printed.getvalue(), None)
+
+
+def json_reply(content: object, **headers: str) -> bytes:
+    body = json.dumps(content)
+    return http_response("200 OK", body, content_type="application/json", **headers)
+
+
+TOKEN = json_reply({"access_token": "a-token", "token_type": "Bearer", "expires_in": 60})
 
 
 @pytest.fixture
 def fakes(fake: StartFake) -> StartFakes:
-    """Start the fakes: what the MCP server responds, and changes of what the other one does."""
+    """Start the fakes, with responses to `initialize`, to the token request, and to DELETE."""
 
-    def start(reply: Reply = None, changes: Changes | None = None, of_delete: Reply = b"") -> Fakes:
+    def start(reply: Answer = None, token: Answer = TOKEN, end: Answer = b"") -> Fakes:
         def authorization_server(request: Request) -> Answer:
-            usual: dict[str, dict[str, Any]] = {
-                METADATA: {
-                    "issuer": issuer.url,
-                    "token_endpoint": f"{issuer.url}/token",
-                    "jwks_uri": f"{issuer.url}/jwks",
-                },
-                "/jwks": {"keys": []},
-                "/token": {"access_token": TOKEN, "token_type": "Bearer", "expires_in": 60},
+            metadata = {
+                "issuer": issuer.url,
+                "token_endpoint": f"{issuer.url}/token",
+                "jwks_uri": f"{issuer.url}/jwks",
             }
-            change = (changes or {}).get(request.path, {})
-            if isinstance(change, dict):
-                return http_response("200 OK", json.dumps(usual[request.path] | change))
-            return change
+            responses = {
+                METADATA: json_reply(metadata),
+                "/jwks": json_reply({"keys": []}),
+                "/token": token,
+            }
+            return responses[request.path]
 
         issuer = fake(authorization_server)
-
-        def mcp_server(request: Request) -> Answer:
-            answer = of_delete if request.method == "DELETE" else reply
-            return answer(request) if callable(answer) else answer
-
-        mcp = fake(mcp_server)
+        mcp = fake(lambda request: end if request.method == "DELETE" else reply)
         settings = {
             "MCP_URL": f"{mcp.url}/mcp",
             "AUTHPLANE_ISSUER": issuer.url,
@@ -121,14 +110,6 @@ def fakes(fake: StartFake) -> StartFakes:
     return start
 
 
-@pytest.fixture
-def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten the time limits, of which the README speaks."""
-    assert (agent.WAIT_SECONDS, agent.TOTAL_SECONDS) == (10, 30)
-    monkeypatch.setattr(agent, "WAIT_SECONDS", 0.5)
-    monkeypatch.setattr(agent, "TOTAL_SECONDS", 1.5)
-
-
 def assert_fails(failure: str | None, line: str) -> None:
     """Check the line, in which … stands for any text, and what all failures have in common."""
     pattern = ".*".join(re.escape(part) for part in f"agent: {line}".split("…"))
@@ -140,9 +121,8 @@ def assert_fails(failure: str | None, line: str) -> None:
 
 
 def test_requests_a_token_initializes_and_ends_the_session(fakes: StartFakes) -> None:
-    reply = json_reply({"id": 1, "result": {"serverInfo": {"name": "other"}}}, mcp_session_id="s1")
-    started = fakes(reply)
-    assert call(started.settings | {"MCP_SERVER_NAME": "other"}).failure is None
+    started = fakes(json_reply(OTHER_NAME, mcp_session_id="s1"))
+    assert call(started.settings | {"MCP_SERVER_NAME": "demo-server-2"}).failure is None
     assert [r.path for r in started.issuer.requests] == [METADATA, "/jwks", "/token"]
     token = started.issuer.requests[-1]
     form = [("grant_type", "client_credentials"), ("resource", "https://mcp.example/mcp")]
@@ -150,7 +130,7 @@ def test_requests_a_token_initializes_and_ends_the_session(fakes: StartFakes) ->
     assert token.headers["authorization"] == "Basic YWdlbnQ6c2VjcmV0"  # agent:secret
     post, delete = started.mcp.requests
     assert [(r.method, r.path) for r in (post, delete)] == [("POST", "/mcp"), ("DELETE", "/mcp")]
-    assert post.headers["authorization"] == delete.headers["authorization"] == f"Bearer {TOKEN}"
+    assert post.headers["authorization"] == delete.headers["authorization"] == "Bearer a-token"
     assert post.headers["accept"] == "application/json, text/event-stream"
     assert post.headers["content-type"] == "application/json"
     session = {"mcp-session-id": "s1", "mcp-protocol-version": "2025-11-25"}
@@ -164,230 +144,149 @@ def test_requests_a_token_initializes_and_ends_the_session(fakes: StartFakes) ->
 
 # What it reads
 
-
-def json_reply(content: object, **headers: str) -> bytes:
-    body = json.dumps(content)
-    return http_response("200 OK", body, content_type="application/json", **headers)
+STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n\r\n"
+PRIMED = f": ping\n\nid: 0\ndata: \n\nretry: 5\n: data: no\ndata:{json.dumps(REPLY)}\n\n".encode()
 
 
-def event(message: object, indent: int | None = None) -> bytes:
-    """Return an event of SSE, with a `data` for each line of the message."""
-    lines = json.dumps(message, ensure_ascii=False, indent=indent).replace("\n", "\ndata: ")
-    return f"event: message\ndata: {lines}\n\n".encode()
+def events(*messages: object, newline: str = "\n") -> bytes:
+    """Return events of SSE, with a `data` for each line of a message."""
+    text = ""
+    for message in messages:
+        lines = json.dumps(message, ensure_ascii=False, indent=1).replace("\n", "\ndata: ")
+        text += f"event: message\ndata: {lines}\n\n"
+    return text.replace("\n", newline).encode()
 
 
-def sse(*messages: object, newline: bytes = b"\n") -> bytes:
-    """Return a stream with these messages; it ends when the connection does."""
-    return STREAM + b"".join(map(event, messages)).replace(b"\n", newline)
-
-
-def chunked(*chunks: bytes) -> bytes:
-    """Return a stream in chunked transfer encoding, in which the agent receives these chunks."""
+def byte_by_byte(content: bytes) -> bytes:
+    """Return a stream in chunked transfer encoding, with a chunk for each byte."""
     head = STREAM.replace(b"\r\n\r\n", b"\r\ntransfer-encoding: chunked\r\n\r\n")
-    return head + b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in (*chunks, b""))
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in content)
+    return head + chunks + b"0\r\n\r\n"
 
 
-def each_boundary(newline: bytes) -> bytes:
-    """Return a stream with an event again and again, each time with another chunk boundary."""
-    content = event(OTHER, indent=1).replace(b"\n", newline)
-    halves = (half for n in range(1, len(content)) for half in (content[:n], content[n:]))
-    return chunked(*halves, event(REPLY))
+def left_open(content: bytes, part: bytes = b"") -> Iterator[bytes]:
+    """Yield the beginning of a stream, then for five seconds the part again and again."""
+    yield STREAM + content
+    for _ in range(50):
+        time.sleep(0.1)
+        yield part
 
 
-def endless(head: bytes, part: bytes = b"", pause: float = 0) -> Handler:
-    """Return a handler that sends the head, then the part again and again."""
-
-    def answer(_: Request) -> Iterator[bytes]:
-        yield head
-        while True:
-            yield part
-            time.sleep(pause)
-
-    return answer
-
-
-SPACED_JSON = json.dumps(REPLY, indent=1).replace("\n", "\n\n").encode()
-PRIMED = b": hi\n\nid: 0\ndata: \n\nretry: 5\n: data: hi\ndata:%b\n\n" % json.dumps(REPLY).encode()
-SPREAD = (event(NOTIFICATION) + event(REPLY, indent=1)).replace(b"\n", b"\r\n")
-NEWLINES = {"LF": b"\n", "CRLF": b"\r\n", "CR": b"\r"}
-REPLIES: dict[str, Reply] = {
-    "JSON": json_reply(REPLY),
-    "JSON with blank lines": http_response("200 OK", SPACED_JSON),
-    "JSON of 250 KiB": json_reply({"padding": "x" * 250 * 1024, **REPLY}),
-    "gzip": http_response("200 OK", gzip.compress(SPACED_JSON), content_encoding="gzip"),
-    **{name: sse(REPLY, newline=n) for name, n in NEWLINES.items()},
-    **{f"{name}, open": endless(sse(REPLY, newline=n), pause=20) for name, n in NEWLINES.items()},
-    **{f"{name} at each chunk boundary": each_boundary(n) for name, n in NEWLINES.items()},
-    "CRLF byte by byte": chunked(*(bytes([byte]) for byte in SPREAD)),
-    "mixed newlines": sse(OTHER, REPLY).replace(b"\n\n", b"\n\r\n"),
-    "Content-Type in capitals": sse(REPLY).replace(b"text/event-stream", b"Text/Event-Stream; a=b"),
-    "notification first": sse(NOTIFICATION, REPLY),
-    "request with the same id first": sse({"jsonrpc": "2.0", "id": 1, "method": "ping"}, REPLY),
-    "reply with another id first": sse(OTHER, REPLY),
+REPLIES: dict[str, Answer] = {
+    "JSON of 250 KiB": http_response("200 OK", json.dumps(REPLY).ljust(250 * 1024, "\n")),
+    "LF, left open": left_open(events(REPLY)),
+    "CR LF, left open": left_open(events(REPLY, newline="\r\n")),
+    "CR, left open": left_open(events(REPLY, newline="\r")),
+    "byte by byte": byte_by_byte(events(NOTIFICATION, REPLY, newline="\r\n")),
+    "other messages first": STREAM + events(NOTIFICATION, PING, OTHER_ID, REPLY),
     "comments, priming event, no space": STREAM + PRIMED,
+    "type in capitals": STREAM.replace(b"text/event", b"Text/Event") + events(REPLY),
 }
 
 
 @pytest.mark.parametrize("reply", REPLIES.values(), ids=REPLIES)
-def test_reads_every_form_of_reply(fakes: StartFakes, reply: Reply) -> None:
-    printed, failure, _ = call(fakes(reply).settings)
+def test_reads_every_form_of_reply(fakes: StartFakes, reply: Answer) -> None:
+    printed, failure = call(fakes(reply).settings)
     assert failure is None
     assert re.fullmatch(rf"[ -~]+\n{OK}\n", printed)
-    assert json.loads(printed.splitlines()[0])["result"] == RESULT
+    assert json.loads(printed.splitlines()[0]) == REPLY
 
 
-ENDS_OF_SESSION: dict[str, Reply] = {
-    "405": http_response("405 Method Not Allowed"),
-    "cut off": b"HTTP/1.1 2",
-    "reset": RESET,
-    "no response": None,
-    "a response that never ends": endless(LENGTHY, b"x" * 65536),
-    "headers that never end": endless(b"HTTP/1.1 200 OK\r\n", b"a: b\r\n", pause=0.1),
-}
-
-
-@pytest.mark.parametrize("end", ENDS_OF_SESSION.values(), ids=ENDS_OF_SESSION)
-@pytest.mark.usefixtures("short_waits")
-def test_after_the_reply_nothing_fails(fakes: StartFakes, end: Reply) -> None:
-    started = fakes(json_reply(REPLY, mcp_session_id="s1"), of_delete=end)
-    printed, failure, cpu_seconds = call(started.settings)
-    assert (failure, printed.endswith(f"\n{OK}\n"), cpu_seconds < 1) == (None, True, True)
+def test_after_the_reply_a_session_that_breaks_off_is_no_failure(fakes: StartFakes) -> None:
+    started = fakes(json_reply(REPLY, mcp_session_id="s1"), end=b"HTTP/1.1 2")
+    assert call(started.settings).failure is None
     assert [request.method for request in started.mcp.requests] == ["POST", "DELETE"]
 
 
 # How it fails
 
-SIZE = "the response exceeds 256 KiB (ValueError)"
-ENDED = "the stream ended without a response (ValueError)"
 NAME = "no result.serverInfo.name 'demo-server' in"
-NO_DETAILS = "no complete response"  # where an exception has no text
-CHALLENGE = 'Bearer error="invalid_token", resource_metadata="http://r/meta"'
-NAMES = {"serverInfo": {"name": f"{HOSTILE}demo-server"}, "instructions": "demo-server"}
-STATUSES = "202 Accepted|403 Forbidden|406 Not Acceptable|421 Misdirected Request|503 Unavailable"
-STALLED = endless(sse(NOTIFICATION), pause=20)
-TRICKLE = endless(STREAM, b":\n\n", pause=0.1)
-MCP_FAILURES: dict[str, tuple[Reply, str]] = {
-    **{s: (http_response(s, json.dumps(REPLY)), f"{s}  (ValueError)") for s in STATUSES.split("|")},
+CHALLENGE = 'Bearer error="invalid_token"'
+TOO_LARGE = "the response is too large, or in too many chunks (ValueError)"
+FAILURES: dict[str, tuple[Answer, str]] = {
     "401": (http_response("401 No", www_authenticate=CHALLENGE), f"401 No {CHALLENGE} …"),
     "307": (http_response("307 Moved", location="/mcp2"), "307 Moved /mcp2 (ValueError)"),
-    "500, endless": (endless(LENGTHY.replace(b"200 OK", b"500 Oops"), b"x"), "500 Oops …"),
-    "hostile": (http_response(f"401 No{HOSTILE}", location=f"a{HOSTILE}\r\n b"), "401 No…a…"),
-    "no HTTP": (b"SSH-2.0-OpenSSH\r\n", "…(RemoteProtocolError)"),
-    "connection reset": (RESET, f"{NO_DETAILS} (ReadError)"),
-    "JSON-RPC error": (json_reply(ERROR), f"{NAME} {json.dumps(ERROR)} (ValueError)"),
-    "JSON-RPC error, then the reply": (sse(ERROR, REPLY), f"{NAME} {json.dumps(ERROR)} …"),
-    "no serverInfo, then the reply": (sse({"id": 1, "result": {}}, REPLY), f"{NAME} {{…{{}}}} …"),
+    "hostile and long": (http_response(f"500 No{HOSTILE * 999}"), "500 No…"),
     "HTML": (http_response("200 OK", "<html>hello</html>"), "…(JSONDecodeError)"),
-    "stream of another type": (http_response("200 OK", event(REPLY)), "…(JSONDecodeError)"),
-    "not an object": (json_reply([]), f"{NAME} [] (ValueError)"),
-    "malformed data": (STREAM + b"data: {oops\n\n" + event(REPLY), "…(JSONDecodeError)"),
-    "a number on two lines": (STREAM + b'data: {"id": 1\ndata:2}\n\n', "…(JSONDecodeError)"),
-    "other name": (json_reply({"id": 1, "result": NAMES}), f"{NAME} …\\u202edemo-server…"),
-    "other id": (json_reply(OTHER), f"{NAME} {json.dumps(OTHER)} (ValueError)"),
-    "stream without the response": (sse(NOTIFICATION), ENDED),
-    "stream whose last event has no end": (sse(REPLY)[:-1], ENDED),
-    "long": (json_reply({"instructions": "long " * 9_999}), f"{NAME} …long long…(ValueError)"),
-    "257 KiB": (json_reply({"padding": "x" * 257 * 1024, **REPLY}), SIZE),
-    "an endless reply": (endless(LENGTHY, b"x" * 65536), SIZE),
+    "JSON-RPC error": (STREAM + events(ERROR), f"{NAME} {json.dumps(ERROR)} (ValueError)"),
+    "other name": (json_reply(OTHER_NAME), f"{NAME} {json.dumps(OTHER_NAME)} (ValueError)"),
+    "other id": (json_reply(OTHER_ID), f"{NAME} {json.dumps(OTHER_ID)} (ValueError)"),
+    "257 KiB": (http_response("200 OK", "x" * 257 * 1024), TOO_LARGE),
+    "a flood of chunks": (byte_by_byte(b"x" * 20_000), TOO_LARGE),
+    "no reply": (STREAM + events(NOTIFICATION), "the stream ended without a response …"),
 }
-for size in 1, 16, 1024:  # a flood of chunks, of events, of lines
-    for part in b"\n", b"x\n":
-        flood = chunked(*[(part * size)[:size]] * (256 * 1024 // size))
-        MCP_FAILURES[f"chunks of {size}, {part}"] = (flood, SIZE)
 
 
-@pytest.mark.parametrize(("reply", "told"), MCP_FAILURES.values(), ids=MCP_FAILURES)
-def test_mcp_server(fakes: StartFakes, reply: Reply, told: str) -> None:
+@pytest.mark.parametrize(("reply", "line"), FAILURES.values(), ids=FAILURES)
+def test_mcp_server(fakes: StartFakes, reply: Answer, line: str) -> None:
     started = fakes(reply)
-    printed, failure, cpu_seconds = call(started.settings)
-    assert_fails(failure, f"initialize at {started.mcp.url}/mcp: {told}")
-    assert (printed, cpu_seconds < 2) == ("", True)
+    printed, failure = call(started.settings)
+    assert_fails(failure, f"initialize at {started.mcp.url}/mcp: {line}")
+    assert printed == ""
     assert [request.method for request in started.mcp.requests] == ["POST"]
 
 
-WAITS: dict[str, tuple[Reply, Changes, str]] = {
-    "metadata": (None, {METADATA: None}, f"access token from …: {NO_DETAILS} (TimeoutError)"),
-    "token": (None, {"/token": None}, f"access token from …: {NO_DETAILS} (TimeoutError)"),
-    "response": (None, {}, f"initialize at …: {NO_DETAILS} (ReadTimeout)"),
-    "stalled stream": (STALLED, {}, f"initialize at …: {NO_DETAILS} (ReadTimeout)"),
-    "endless stream": (TRICKLE, {}, f"initialize at …: {NO_DETAILS} (TimeoutError)"),
-}
-
-
-@pytest.mark.parametrize(("reply", "changes", "told"), WAITS.values(), ids=WAITS)
-@pytest.mark.usefixtures("short_waits")
-def test_time_limits(fakes: StartFakes, reply: Reply, changes: Changes, told: str) -> None:
-    assert_fails(call(fakes(reply, changes).settings).failure, told)
-
-
-def oauth_error(error: str, description: str) -> Changes:
-    body = {"error": error, "error_description": description}
-    return {"/token": http_response("400 Bad", json.dumps(body))}
-
-
-FETCH = "…(MetadataFetchError)"
-AS_FAILURES: dict[str, tuple[Changes, str]] = {
-    "wrong secret": (oauth_error("invalid_client", "failed"), "…failed (invalid_client)"),
-    "scope": (oauth_error("invalid_scope", "exceeds"), "…exceeds (invalid_scope)"),
-    "resource": (oauth_error("invalid_target", "unknown"), "…unknown (invalid_target)"),
-    "hostile": (oauth_error("invalid_scope", f"a{HOSTILE}\r\n" * 999), "…(invalid_scope)"),
-    "long code": (oauth_error("x" * 5_000, ""), "…xxx"),
-    "metadata of another issuer": ({METADATA: {"issuer": "https://o"}}, FETCH),
-    "metadata, reset": ({METADATA: RESET}, f"…{NO_DETAILS} (MetadataFetchError)"),
-    "token 503": ({"/token": http_response("503 Oops")}, "…(server_error)"),
-}
-
-
-@pytest.mark.parametrize(("changes", "told"), AS_FAILURES.values(), ids=AS_FAILURES)
-def test_authorization_server(fakes: StartFakes, changes: Changes, told: str) -> None:
-    started = fakes(None, changes)
-    failure = call(started.settings).failure
-    assert_fails(failure, f"access token from {started.issuer.url}: {told}")
+@pytest.mark.parametrize("code", ["invalid_client", "invalid_scope", "invalid_target"])
+def test_authorization_server(fakes: StartFakes, code: str) -> None:
+    body = {"error": code, "error_description": f"failed\r\n{HOSTILE}"}
+    started = fakes(token=http_response("400 Bad Request", json.dumps(body)))
+    line = f"access token from {started.issuer.url}: …failed…({code})"
+    assert_fails(call(started.settings).failure, line)
     assert started.mcp.requests == []
 
 
-HTTP = "HTTP client (check SSL_CERT_FILE, SSL_CERT_DIR, HTTP_PROXY, HTTPS_PROXY, ALL_PROXY)"
-NO_SERVER = "http://localhost:1"
-SETTINGS: dict[str, tuple[dict[str, str], str]] = {
-    "two empty": ({"MCP_URL": "", "CLIENT_ID": ""}, "settings: MCP_URL, CLIENT_ID not set"),
-    "plain http": ({"AUTHPLANE_DEV_MODE": ""}, f"access token from …: {FETCH}"),
-    "no issuer": ({"AUTHPLANE_ISSUER": NO_SERVER}, f"access token from {NO_SERVER}: {FETCH}"),
-    "no MCP server": ({"MCP_URL": NO_SERVER}, f"initialize at {NO_SERVER}: …(ConnectError)"),
-    "bad port": ({"MCP_URL": "http://host:x/"}, "…at http://host:x/: …(InvalidURL)"),
-    "not ASCII": ({"MCP_URL": "http://\xe4:x/"}, "…at http:// :x/: …(InvalidURL)"),
-    "no certificates": ({"SSL_CERT_FILE": "/none"}, f"{HTTP}: …(FileNotFoundError)"),
-    "no SOCKS": ({"ALL_PROXY": "socks5://localhost:1"}, f"{HTTP}: …(ImportError)"),
+ENDLESS = left_open(events(NOTIFICATION), b": ping\n\n")
+WAITS: dict[str, tuple[Answer, Answer, str]] = {
+    "token": (None, None, "access token from …: no complete response (TimeoutError)"),
+    "response": (None, TOKEN, "initialize at …: no complete response (ReadTimeout)"),
+    "endless stream": (ENDLESS, TOKEN, "initialize at …: no complete response (TimeoutError)"),
 }
 
 
-@pytest.mark.parametrize(("change", "told"), SETTINGS.values(), ids=SETTINGS)
-def test_settings(fakes: StartFakes, change: dict[str, str], told: str) -> None:
-    assert_fails(call(fakes().settings | change).failure, told)
+@pytest.mark.parametrize(("reply", "token", "line"), WAITS.values(), ids=WAITS)
+def test_time_limits(
+    fakes: StartFakes, monkeypatch: pytest.MonkeyPatch, reply: Answer, token: Answer, line: str
+) -> None:
+    monkeypatch.setattr(agent, "WAIT_SECONDS", 0.5)
+    monkeypatch.setattr(agent, "TOTAL_SECONDS", 1.5)
+    assert_fails(call(fakes(reply, token).settings).failure, line)
+
+
+SETTINGS: dict[str, tuple[dict[str, str], str]] = {
+    "two empty": ({"MCP_URL": "", "CLIENT_ID": ""}, "settings: MCP_URL, CLIENT_ID not set"),
+    "no MCP server": ({"MCP_URL": "http://localhost:1"}, "initialize at …:1: …(ConnectError)"),
+    "no certificates": ({"SSL_CERT_FILE": "/none"}, "HTTP client (…SSL_CERT_FILE…)"),
+    "no SOCKS": ({"ALL_PROXY": "socks5://localhost:1"}, "HTTP client (…ALL_PROXY…)"),
+}
+
+
+@pytest.mark.parametrize(("change", "line"), SETTINGS.values(), ids=SETTINGS)
+def test_settings(fakes: StartFakes, change: dict[str, str], line: str) -> None:
+    assert_fails(call(fakes().settings | change).failure, line)
 
 
 # The program
 
 BLOCK = (ROOT / "agent.py").read_text().split("# authplane:begin\n")[1].split("# authplane:end")[0]
 OTHER_PROGRAM = """
-import asyncio, httpx, agent
+import asyncio
 from os import environ
+import httpx
+import agent
+
 async def call():
     headers = {"Accept": "application/json, text/event-stream"}
 %s
     print(httpx.post(environ["MCP_URL"], json=agent.INITIALIZE, headers=headers).status_code)
+
 asyncio.run(call())
 """
 
 
-def run(
-    sandbox: Sandbox, settings: dict[str, str], program: str = "agent.py"
-) -> subprocess.CompletedProcess[str]:
-    return sandbox.run(sys.executable, program, **settings)
-
-
 def test_tier01_accepts_it(servers: Sandbox, agent_settings: dict[str, str]) -> None:
     other_url = servers.mcp_url.replace("localhost", "127.0.0.1")  # than the audience
-    result = run(servers, agent_settings | {"MCP_URL": other_url})
+    settings = agent_settings | {"MCP_URL": other_url}
+    result = servers.run(sys.executable, "agent.py", **settings)
     assert (result.returncode, result.stderr) == (0, "")
     reply, verdict = result.stdout.splitlines()
     assert (json.loads(reply)["result"]["serverInfo"]["name"], verdict) == ("demo-server", OK)
@@ -396,32 +295,21 @@ def test_tier01_accepts_it(servers: Sandbox, agent_settings: dict[str, str]) -> 
 
 def test_the_block_in_another_program(sandbox: Sandbox, agent_settings: dict[str, str]) -> None:
     (sandbox.clone / "other.py").write_text(OTHER_PROGRAM % indent(dedent(BLOCK), "    "))
-    result = run(sandbox, agent_settings, "other.py")
+    result = sandbox.run(sys.executable, "other.py", **agent_settings)
     assert (result.returncode, result.stdout) == (0, "200\n"), result
 
 
 def test_a_failure_is_one_line_whatever_the_sdk_logs(sandbox: Sandbox, fakes: StartFakes) -> None:
-    started = fakes(None, {"/token": http_response("503 Oops")})
-    result = run(sandbox, started.settings)
+    started = fakes(token=http_response("503 Oops"))
+    result = sandbox.run(sys.executable, "agent.py", **started.settings)
     assert (result.returncode, result.stdout, result.stderr[-1]) == (1, "", "\n")
     assert_fails(result.stderr[:-1], f"access token from {started.issuer.url}: …(server_error)")
 
 
-SLOW_SDK = """
-import pathlib, time, unittest.mock
-pathlib.Path("importing").touch()
-time.sleep(0.5)
-ASCredentials, AuthplaneClient = unittest.mock.Mock(), unittest.mock.AsyncMock()
-"""
-
-
-@pytest.mark.parametrize("sdk", ["", SLOW_SDK], ids=["in a request", "in the import of the SDK"])
-def test_ctrl_c_ends_it_quietly(sandbox: Sandbox, fakes: StartFakes, sdk: str) -> None:
-    started, importing = fakes(), sandbox.clone / "importing"
-    if sdk:
-        (sandbox.clone / "authplane.py").write_text(sdk)
+def test_ctrl_c_ends_it_quietly(sandbox: Sandbox, fakes: StartFakes) -> None:
+    started = fakes()
     process = sandbox.start(sys.executable, "agent.py", **started.settings)
-    wait_until(lambda: started.mcp.requests or importing.exists(), "the request, or the import")
+    wait_until(lambda: started.mcp.requests, "the request")
     process.send_signal(signal.SIGINT)
     assert (process.communicate(timeout=30), process.returncode) == (("", ""), 130)
 
@@ -431,6 +319,6 @@ def test_ctrl_c_ends_it_quietly(sandbox: Sandbox, fakes: StartFakes, sdk: str) -
 
 def test_the_plain_agent(fakes: StartFakes) -> None:
     mcp = fakes(json_reply(REPLY)).mcp
-    printed, failure, _ = call({"MCP_URL": mcp.url}, plain_agent.main)
+    printed, failure = call({"MCP_URL": mcp.url}, plain_agent)
     assert (printed, failure) == (f"{json.dumps(REPLY)}\nMCP initialize OK\n", None)
     assert "authorization" not in mcp.requests[0].headers

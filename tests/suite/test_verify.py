@@ -121,7 +121,7 @@ def test_which_url_is_of_this_host(sandbox: Sandbox) -> None:
 OK = http_response("200 OK", "{}")
 REDIRECT = http_response("307 No", location="/mcp?x")
 NOT_FOUND = http_response("404 Not Found")
-TOO_MUCH = http_response("200 OK", bytes(2**20))
+TOO_MUCH = http_response("200 OK", "x" * 2**20)
 WRONG_KEY = http_response("401 Unauthorized")
 ERROR = http_response("400 Bad Request", json.dumps({"error": "\x1b[31m\r\nALL" + "\x01" * 5_000}))
 HOSTILE = http_response("200 OK", json.dumps({"issuer": "ftp://x\x1b[31m\r\nALL"}))
