@@ -3,8 +3,7 @@
 # this resource are rejected. How it sends requests and where it runs the agent: tests/harness.
 set -euo pipefail
 umask 077
-unset CDPATH
-cd "$(dirname "$0")"
+CDPATH='' cd "$(dirname "$0")"
 . tests/harness/settings.sh
 . tests/harness/requests.sh
 . tests/harness/runtime.sh

@@ -3,8 +3,7 @@
 # The folder .started has what was started: a pid and a log, or a Compose project.
 set -euo pipefail
 umask 077
-unset CDPATH
-cd "$(dirname "$0")/../.."
+CDPATH='' cd "$(dirname "$0")/../.."
 . tests/harness/settings.sh
 . tests/harness/requests.sh
 . tests/harness/runtime.sh
