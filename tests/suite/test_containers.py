@@ -7,7 +7,6 @@ import signal
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -35,19 +34,15 @@ def project(sandbox: Sandbox) -> str:
 
 
 def with_proxy(sandbox: Sandbox) -> dict[str, str]:
-    """Return the settings for Docker as it is configured here, but with a proxy that is down."""
+    """Return the settings for this Docker, but configured with a proxy that is down."""
     folder = sandbox.folder / "docker-config"
     folder.mkdir()
-    for path in DOCKER_CONFIG.glob("*"):
-        if path.name != "config.json":
-            (folder / path.name).symlink_to(path)
-    file = DOCKER_CONFIG / "config.json"
-    config: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    config["proxies"] = {
-        "default": {"httpProxy": "http://127.0.0.1:1", "allProxy": "http://127.0.0.1:1"}
-    }
+    proxies = {"httpProxy": "http://127.0.0.1:1", "allProxy": "http://127.0.0.1:1"}
+    plugins = [str(DOCKER_CONFIG / "cli-plugins")]
+    config = {"proxies": {"default": proxies}, "cliPluginsExtraDirs": plugins}
     (folder / "config.json").write_text(json.dumps(config))
-    return {"DOCKER_CONFIG": str(folder)}
+    host = sandbox.docker("context", "inspect", "--format", "{{.Endpoints.docker.Host}}")
+    return {"DOCKER_CONFIG": str(folder), "DOCKER_HOST": host}
 
 
 def test_runs_tier01_in_containers(new_sandbox: NewSandbox, image: str) -> None:
