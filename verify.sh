@@ -130,7 +130,8 @@ check "wrong secret: rejected" "401 invalid_client" "$actual" "the authorization
 request_token "$CLIENT_SECRET" mcp:not-granted "$RESOURCE_URI"
 check "scope not granted: rejected" "400 invalid_scope" "$actual" "the authorization server must not widen scopes"
 request_token "$CLIENT_SECRET" "$MCP_SCOPE" "$RESOURCE_URI/not-registered"
-check "unknown resource: rejected" "400 invalid_(target|scope)" "$actual" "the authorization server must reject a resource that is not registered"
+check "unknown resource: rejected" "400 invalid_(target|scope)" "$actual" \
+  "the authorization server must reject a resource that is not registered"
 
 # The MCP server accepts only tokens that were issued by this authorization server, for this resource
 call_mcp "${token%??????????}AAAAAAAAAA"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # install.sh FOLDER NAME: installs tests/requirements/NAME.txt into the virtual environment FOLDER, with UV if there is
-# one, else with pip. The environment is made anew if it was left half-made, or if its Python was upgraded, is gone, or is not PY.
+# one, else with pip. An environment that was left half-made, or whose Python was upgraded, is gone, or is not PY, is made
+# anew.
 set -euo pipefail
 . tests/harness/settings.sh
 folder=$1 requirements=tests/requirements/$2.txt installed=$1/installed-$2.txt complete=$1/complete

@@ -9,7 +9,7 @@ agent_compose() { docker compose --env-file /dev/null --profile manual "$@"; }
 # find_runtime ISSUER: sets network, empty if the agent runs on this host, and runtime, the same in words. The network is
 # TIER01_NETWORK, else that of the container which publishes the port of AUTHSERVER_URL.
 find_runtime() {
-  local port
+  local port reason
   [ -n "$1" ] || fail "the metadata at $AUTHSERVER_URL has no issuer: is it an authorization server?"
   request_metadata "$1"
   if [ "$status" = 200 ]; then
@@ -21,9 +21,10 @@ find_runtime() {
     port=${BASH_REMATCH[1]}
     network=$(docker ps --filter "publish=$port" --format '{{.Networks}}' 2>/dev/null) || network=''
   fi
+  reason="the issuer $1 is not reachable from this host"
   [ -n "$network" ] ||
-    fail "the issuer $1 is not reachable from this host, so the agent must run in tier 01's Docker network: start Docker, or set TIER01_NETWORK"
-  runtime="in network $network: the issuer $1 is not reachable from this host"
+    fail "the agent must run in tier 01's Docker network ($reason): start Docker, or set TIER01_NETWORK"
+  runtime="in network $network: $reason"
 }
 
 # run_agent ISSUER CONTAINER: runs the agent, with its own settings by name and no others; the container gets that name. On

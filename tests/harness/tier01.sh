@@ -129,11 +129,12 @@ start() {
     tests/harness/install.sh .venv agent
   else
     echo "building the agent's image"
-    PYTHON_IMAGE=$PYTHON_IMAGE logged agent_compose build || fail "the agent's image was not built: the end of the log is above"
+    PYTHON_IMAGE=$PYTHON_IMAGE logged agent_compose build ||
+      fail "the agent's image was not built: the end of the log is above"
   fi
   call_mcp ''
   [ "$status" = 401 ] ||
-    fail "the authorization server is running, but $MCP_URL is no protected MCP server (expected 401, got ${status/000/no response}): correct MCP_URL, or make clean"
+    fail "$MCP_URL is no protected MCP server (expected 401, got ${status/000/no response}): correct MCP_URL, or make clean"
   if server_running; then what=" (a stand-in)"; fi
   starting=''
   echo "tier 01 is running: $AUTHSERVER_URL$what and $MCP_URL"
