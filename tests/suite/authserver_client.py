@@ -1,32 +1,31 @@
 """Calls to an authorization server, the stand-in or a real one: its admin API, and tokens."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 
 ADMIN_KEY = "dev-admin-key-change-me"
-PLAIN: dict[str, Any] = {"trust_env": False, "verify": False}  # no certificates: all is http
+PLAIN: dict[str, Any] = {"trust_env": False, "verify": False}  # without the user's settings
 
 type Credentials = tuple[str, str]  # client id and secret
 
 
-class Authserver:
-    def __init__(self, url: str, admin_url: str) -> None:
-        self.url, self.admin_url = url, admin_url
+class Authserver(NamedTuple):
+    url: str
+    admin_url: str
 
     def admin(self, method: str, path: str, **options: Any) -> httpx.Response:
         """Send a request to the admin API."""
-        headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
-        url = f"{self.admin_url}/admin/{path}"
-        return httpx.request(method, url, headers=headers, **PLAIN, **options)
+        options = {"headers": {"Authorization": f"Bearer {ADMIN_KEY}"}} | PLAIN | options
+        return httpx.request(method, f"{self.admin_url}/admin/{path}", **options)
 
-    def register_resource(self, slug: str, uri: str, *scopes: str) -> httpx.Response:
+    def register_resource(self, slug: str, uri: str, scope: str) -> httpx.Response:
         resource = {
             "slug": slug,
             "uri": uri,
             "backend_kind": "mint",
             "display_name": slug,
-            "scopes": [{"name": scope, "description": scope} for scope in scopes],
+            "scopes": [{"name": scope, "description": scope}],
         }
         return self.admin("POST", "resources", json=resource)
 
@@ -41,10 +40,10 @@ class Authserver:
         return view["client_id"], view["client_secret"]
 
     def delete_client(self, client_id: str) -> None:
-        self.admin("DELETE", f"clients/{client_id}", params={"force": "true"})
+        self.admin("DELETE", f"clients/{client_id}?force=true")
 
     def clients(self) -> list[str]:
-        """Return the ids of the registered clients."""
+        """Return the ids of the registered clients, newest first."""
         return [client["id"] for client in self.admin("GET", "clients").json()]
 
     def request_token(self, credentials: Credentials, **form: str) -> httpx.Response:
@@ -53,7 +52,6 @@ class Authserver:
         return httpx.post(f"{self.url}/oauth/token", auth=credentials, data=data, **PLAIN)
 
     def token(self, credentials: Credentials, **form: str) -> str:
-        """Return an access token."""
         return self.request_token(credentials, **form).json()["access_token"]
 
 

@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl
 
 from joserfc import jwt
 from joserfc.jwk import ECKey
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 from starlette.applications import Starlette
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
@@ -181,9 +181,6 @@ admin = Starlette(
         Route("/admin/clients", list_clients),
         Route("/admin/clients", create_client, methods=["POST"]),
         Route("/admin/clients/{id}", delete_client, methods=["DELETE"]),
-    ],
-    exception_handlers={
-        ValidationError: lambda _, error: JSONResponse({"detail": str(error)}, 400)
-    },
+    ]
 )
 admin.add_middleware(BaseHTTPMiddleware, dispatch=check_admin_key)

@@ -32,7 +32,7 @@ def echo(text: str) -> str:
 
 
 async def mcp_app() -> Starlette:
-    """Return the app, whose audience is RESOURCE_URI, once the authorization server answers."""
+    """Return the app, whose audience is RESOURCE_URI, once the authorization server responds."""
     path = urlsplit(RESOURCE_URI).path
     base_url = RESOURCE_URI.removesuffix(path)
     logging.getLogger("authplane.internal.document_fetcher").disabled = True  # one line is enough
