@@ -6,9 +6,9 @@ packages of `tests/.venv`: python tests/examples/relay_server.py
 """
 
 import asyncio
-import os
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
+from os import environ
 
 import uvicorn
 from authplane import ASCredentials
@@ -21,14 +21,11 @@ from resource_auth import ResourceAuth
 
 async def main() -> None:
     """Serve `/mcp` until SIGINT or SIGTERM."""
+    issuer, base_url = environ["AUTHPLANE_ISSUER"], environ["AUTHPLANE_BASE_URL"]
+    credentials = ASCredentials(environ["CLIENT_ID"], environ["CLIENT_SECRET"])
     # created once: its client keeps the authorization server's keys, and access tokens
-    protection = await authplane_auth(
-        issuer=os.environ["AUTHPLANE_ISSUER"],
-        base_url=os.environ["AUTHPLANE_BASE_URL"],
-        scopes=["mcp:relay"],
-        as_credentials=ASCredentials(os.environ["CLIENT_ID"], os.environ["CLIENT_SECRET"]),
-    )
-    auth = ResourceAuth(protection.client, ["mcp:echo"], os.environ["RESOURCE_URI"])
+    protection = await authplane_auth(issuer, base_url, ["mcp:relay"], as_credentials=credentials)
+    auth = ResourceAuth(protection.client, ["mcp:echo"], environ["RESOURCE_URI"])
 
     @asynccontextmanager
     async def lifespan(_: FastMCP) -> AsyncGenerator[None]:
@@ -44,15 +41,13 @@ async def main() -> None:
 
     async def relay(text: str) -> str:
         """Return the result of the other server's echo tool."""
-        async with Client(os.environ["MCP_URL"], auth=auth) as other:
-            result = await other.call_tool("echo", {"text": text})
-        return result.data
+        async with Client(environ["MCP_URL"], auth=auth) as other:
+            return (await other.call_tool("echo", {"text": text})).data
 
     # the time limit, in seconds, includes the wait for a token
     server.tool(relay, auth=require_scopes("mcp:relay"), timeout=15)
-
     # on SIGTERM, FastMCP's own run() ends the process before the lifespan can close the client
-    config = uvicorn.Config(server.http_app(), port=int(os.environ["PORT"]))
+    config = uvicorn.Config(server.http_app(), port=int(environ["PORT"]))
     await uvicorn.Server(config).serve()
 
 
