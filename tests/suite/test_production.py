@@ -23,7 +23,7 @@ def test_production(new_sandbox: NewSandbox) -> None:
     sandbox = new_sandbox("unshare")
     if sandbox.run(*NAMESPACE, "sh", "-c", "true").returncode != 0:
         skip("there is no network namespace")
-    options = ["-n0", "-p", "no:unraisableexception", "-o", "python_functions=production_*"]
+    options = ["-n0", "-o", "python_functions=production_*"]
     result = sandbox.run(*NAMESPACE, sys.executable, "-m", "pytest", *options, __file__)
     assert result.returncode == 0, result.stdout
 
