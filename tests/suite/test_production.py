@@ -31,7 +31,7 @@ def test_production(new_sandbox: NewSandbox) -> None:
 def production_with_a_public_address(new_sandbox: NewSandbox) -> None:
     sandbox = new_sandbox()
     settings = use_tls(sandbox, PUBLIC)
-    sandbox.serve(**settings)
+    sandbox.serve(AUTHPLANE_DEV_MODE="", **settings)
     wait_until(lambda: status_of("POST", sandbox.mcp_url) == 401, "the MCP server")
     result = sandbox.verify(**settings)
     assert (result.returncode, result.stderr) == (0, ""), result
@@ -52,13 +52,13 @@ def production_with_a_private_address(new_sandbox: NewSandbox) -> None:
     """Server and agent reject it, and accept it after the edit that README.md shows."""
     sandbox = new_sandbox()
     settings = use_tls(sandbox, PRIVATE)
-    server = sandbox.serve(**settings)
+    server = sandbox.serve(AUTHPLANE_DEV_MODE="", **settings)
     rejected = f"waiting for the authorization server {sandbox.issuer}: "
     wait_until(lambda: rejected in sandbox.log.read_text(), rejected)
     server.kill()
     server.wait()
     allow_private_addresses(sandbox.clone / "tests/tier01/mcp_server.py", "mcp_path=")
-    sandbox.serve(**settings)
+    sandbox.serve(AUTHPLANE_DEV_MODE="", **settings)
     wait_until(lambda: status_of("POST", sandbox.mcp_url) == 401, "the MCP server")
 
     result = sandbox.verify(**settings)
@@ -70,7 +70,10 @@ def production_with_a_private_address(new_sandbox: NewSandbox) -> None:
 
 
 def use_tls(sandbox: Sandbox, address: str) -> dict[str, str]:
-    """Make serve.py serve https at this address; return the settings for production."""
+    """Make serve.py serve https at this address; return the settings for production.
+
+    The development mode is on in .env.example: verify.sh must not pass it on.
+    """
     from pyroute2 import IPRoute  # on Linux only
 
     with IPRoute() as network:
@@ -94,7 +97,6 @@ def use_tls(sandbox: Sandbox, address: str) -> dict[str, str]:
         "AUTHPLANE_ISSUER": sandbox.issuer,
         "MCP_URL": sandbox.mcp_url,
         "RESOURCE_URI": sandbox.mcp_url,
-        "AUTHPLANE_DEV_MODE": "",
         "SSL_CERT_FILE": str(sandbox.clone / "authorities.pem"),
         "SSL_CERT_DIR": "",
     }

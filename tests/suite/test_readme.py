@@ -209,15 +209,9 @@ def test_run_it(new_sandbox: NewSandbox) -> None:
     follow(new_sandbox("uv", prepared=False), [(verify, blocks(text, "text")[0]), three_steps])
 
 
-@pytest.mark.parametrize("tools", [[], ["docker"]], ids=["no Docker", "Docker without the image"])
-def test_step_by_step_on_this_host(
-    request: pytest.FixtureRequest, new_sandbox: NewSandbox, tools: list[str]
-) -> None:
-    if tools:
-        request.getfixturevalue("engine")
+def test_step_by_step_on_this_host(sandbox: Sandbox) -> None:
     in_docker = re.compile(f"{CLI}|{CONTAINER}")
-    steps = [step for step in by_hand() if not in_docker.search(step[0])]
-    follow(new_sandbox(*tools), steps)
+    follow(sandbox, [step for step in by_hand() if not in_docker.search(step[0])])
 
 
 def test_step_by_step_with_the_stand_in_in_containers(
