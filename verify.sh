@@ -8,7 +8,8 @@ CDPATH='' cd "$(dirname "$0")"
 . tests/harness/requests.sh
 . tests/harness/runtime.sh
 
-# check NAME EXPECTED ACTUAL HELP: prints a line; ends the run unless ACTUAL matches EXPECTED, a regular expression.
+# check NAME EXPECTED ACTUAL HELP: prints a line; ends the run unless ACTUAL matches EXPECTED, a regular expression. Of
+# 000, the status without a response, it says why.
 check() {
   local result
   result=$(printable "$3")
@@ -32,7 +33,7 @@ Content-Type: application/json"
 client_field() { jq -r ".$1 | strings" "$work/client" 2>/dev/null || :; }
 
 # register_client JSON: sets status, CLIENT_ID and CLIENT_SECRET. The subshell and curl ignore signals, so that a client
-# that is registered is also recorded, in $work/client.
+# that is registered is also recorded, in $work/client. A file has the status: a subshell can't set it here.
 register_client() {
   (
     trap '' HUP INT TERM

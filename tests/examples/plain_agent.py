@@ -24,12 +24,12 @@ async def read_response(response: httpx.Response, limit: int = 256 * 1024) -> ob
     is_stream = response.headers.get("Content-Type", "").lower().startswith("text/event-stream")
     body = bytearray()
     async for chunk in response.aiter_bytes():
-        limit -= len(chunk) + 16  # a chunk costs time, however small it is
+        limit -= len(chunk) + 16  # so that many tiny chunks end, too
         if limit < 0:
             raise ValueError("the response is too large, or in too many chunks")
         for byte in chunk:
             body.append(byte)
-            # an event ends with a blank line; that of CR LF CR LF is seen at its LF CR
+            # an event ends with a blank line; CR LF CR LF contains LF CR
             if is_stream and body.endswith((b"\n\n", b"\n\r", b"\r\r")):
                 data = [line[5:] for line in body.splitlines() if line.startswith(b"data:")]
                 body.clear()

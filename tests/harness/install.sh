@@ -7,16 +7,26 @@ set -euo pipefail
 folder=$1 requirements=tests/requirements/$2.txt installed=$1/installed-$2.txt complete=$1/complete
 
 # version_of PYTHON: prints its version, such as 3.12; fails if there is no such Python, or one that is too old.
-version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2]); sys.exit(sys.version_info < (3, 12))' 2>/dev/null; }
+version_of() {
+  "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2]); sys.exit(sys.version_info < (3, 12))' 2>/dev/null
+}
 
-version=$(version_of "$folder/bin/python") || version=none
-wanted=$(version_of "${PY:-$folder/bin/python}") || wanted=none
-if [ "$version" = "$wanted" ] && [ "$(cat "$complete" 2>/dev/null)" = "$version" ]; then
+# usable: true if the environment is complete, with the Python that it has now, and with PY if that is set.
+usable() {
+  local version
+  version=$(version_of "$folder/bin/python") || return
+  [ "$(cat "$complete" 2>/dev/null)" = "$version" ] || return
+  [ -z "${PY-}" ] || [ "$(version_of "$PY")" = "$version" ]
+}
+
+if usable; then
   if cmp -s "$requirements" "$installed"; then exit; fi
 else
+  candidates=(python3.14 python3.13 python3.12 python3)
+  [ -z "${PY-}" ] || candidates=("$PY")
   python=''
-  for candidate in ${PY:-python3.14 python3.13 python3.12 python3}; do
-    if version=$(version_of "$candidate"); then
+  for candidate in "${candidates[@]}"; do
+    if version_of "$candidate" >/dev/null; then
       python=$candidate
       break
     fi
@@ -33,10 +43,10 @@ if [ -n "${UV-}" ]; then
 else
   if [ ! -d "$folder" ]; then
     "$python" -c 'import ensurepip' 2>/dev/null ||
-      fail "Python has no venv: install it, on Debian and Ubuntu the package python$version-venv"
+      fail "Python has no venv: install it, on Debian and Ubuntu the package python$(version_of "$python")-venv"
     "$python" -m venv "$folder"
   fi
   "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile --requirement "$requirements"
 fi
 cp "$requirements" "$installed"
-echo "$version" >"$complete"
+version_of "$folder/bin/python" >"$complete"

@@ -5,7 +5,7 @@ no_proxy_list="localhost,127.0.0.1,::1,${no_proxy-${NO_PROXY-}}"
 
 # request METHOD URL HEADERS [CURL OPTION]…: sets status, 000 without a complete response; writes the files headers, body
 # and error in $work. The headers reach curl by standard input: other processes can read arguments. The URL can come from a
-# server: it is one URL, whatever brackets it has.
+# server: with --globoff, brackets in it don't make it many.
 request() {
   local method=$1 url=$2 headers=$3
   shift 3

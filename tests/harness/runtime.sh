@@ -1,8 +1,6 @@
 # shellcheck shell=bash
 # Where the agent runs, and how: on this host, or in tier 01's Docker network. It needs the settings and requests.
 
-AGENT_SETTINGS="AUTHPLANE_ISSUER CLIENT_ID CLIENT_SECRET RESOURCE_URI MCP_URL MCP_SERVER_NAME AUTHPLANE_DEV_MODE"
-
 # agent_compose ARGUMENT…: docker compose for the agent.
 agent_compose() { docker compose --env-file /dev/null --profile manual "$@"; }
 
@@ -30,13 +28,16 @@ find_runtime() {
 # run_agent ISSUER CONTAINER: runs the agent, with its own settings by name and no others; the container gets that name. On
 # this host it gets no proxy and no certificates if both servers are on this host, too.
 run_agent() {
-  local names=$AGENT_SETTINGS
+  local names="AUTHPLANE_ISSUER CLIENT_ID CLIENT_SECRET RESOURCE_URI MCP_URL MCP_SERVER_NAME AUTHPLANE_DEV_MODE"
+  AUTHPLANE_ISSUER=$1
   # a copied .env has the development mode, which is for plain http only
-  [[ $1 = http://* || -n $dev_mode_given ]] || AUTHPLANE_DEV_MODE=''
-  export AUTHPLANE_ISSUER=$1 CLIENT_ID CLIENT_SECRET RESOURCE_URI MCP_URL MCP_SERVER_NAME AUTHPLANE_DEV_MODE
+  if [[ $1 = https://* && -z $dev_mode_given ]]; then AUTHPLANE_DEV_MODE=''; fi
+  # shellcheck disable=SC2086,SC2163 # the names are words
+  export $names
   if [ -n "$network" ]; then
     MCP_URL=$NETWORK_MCP_URL
     export TIER01_NETWORK=$network
+    # exec, so that a signal reaches it; that can't call agent_compose
     exec docker compose --env-file /dev/null --profile manual run --rm --no-TTY --name "$2" agent
   fi
   if ! is_local "$1" || ! is_local "$MCP_URL"; then

@@ -17,8 +17,9 @@ fail() {
   exit 1
 }
 
-# read_settings: sets each of SETTINGS, and exports none. The environment wins over .env, and .env over .env.example,
-# in which a default may be a comment. The files are read, not executed. A value with spaces has quotes.
+# read_settings: sets each of SETTINGS, and exports none. The environment wins over .env, and .env over .env.example.
+# The files are read, not executed. A value with spaces has quotes. Also sets dev_mode_given, for run_agent: not empty if
+# AUTHPLANE_DEV_MODE is in the environment.
 read_settings() {
   local LC_ALL=C file line name value not_in_environment=' ' # the C locale: a file may have any bytes
   local space='[[:space:]]*' quoted="\"[^\"]*\"|'[^']*'" unquoted='[^[:space:]#][^[:space:]]*'
@@ -30,10 +31,10 @@ read_settings() {
   for file in .env.example .env; do
     [ -f "$file" ] || continue
     while IFS= read -r line || [ -n "$line" ]; do
-      [ "$file" = .env ] || line=${line#\# }
+      [ "$file" = .env ] || line=${line#\# } # there, a default may be a comment
       [[ $line =~ ^$space(export[[:space:]]+)?([A-Z0-9_]+)$space=$space($quoted|$unquoted)? ]] || continue
       name=${BASH_REMATCH[2]} value=${BASH_REMATCH[3]}
-      value=${value#[\"\']} value=${value%[\"\']}
+      if [[ $value = \"*\" || $value = \'*\' ]]; then value=${value:1:${#value}-2}; fi
       [[ $not_in_environment != *" $name "* ]] || printf -v "$name" '%s' "$value"
     done <"$file"
   done

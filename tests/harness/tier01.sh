@@ -9,7 +9,12 @@ CDPATH='' cd "$(dirname "$0")/../.."
 . tests/harness/runtime.sh
 
 # logged COMMAND…: runs it without output; if it fails, prints the end of its output on standard error.
-logged() { "$@" >"$work/log" 2>&1 || { tail -n 20 "$work/log" >&2 && return 1; }; }
+logged() {
+  if ! "$@" >"$work/log" 2>&1; then
+    tail -n 20 "$work/log" >&2
+    return 1
+  fi
+}
 
 # docker_running: true if a Docker Engine is running, with Compose v2.
 docker_running() { docker compose version >/dev/null 2>&1 && docker info >/dev/null 2>&1; }
@@ -49,12 +54,14 @@ check_ports() {
     [[ ${!url} =~ ^http://(localhost|127\.0\.0\.1):([0-9]+)(/.*)?$ ]] ||
       fail "no authorization server at $AUTHSERVER_URL, and one can be started here only if $url is http://localhost:PORT"
     port=${BASH_REMATCH[2]}
-    if (: <"/dev/tcp/localhost/$port") 2>/dev/null; then # the connection was accepted
+    # true if something accepts a connection
+    if (: <"/dev/tcp/localhost/$port") 2>/dev/null; then
       fail "another program is listening on port $port: set $url to another port"
     fi
     printf -v "${name}_PORT" '%s' "$port"
   done
-  [[ $MCP_URL = */"${RESOURCE_URI#*://*/}" ]] ||
+  # without scheme and host
+  [ "${MCP_URL#*://*/}" = "${RESOURCE_URI#*://*/}" ] ||
     fail "the MCP server that is started here has the path of RESOURCE_URI=$RESOURCE_URI: set MCP_URL to the same path"
 }
 
@@ -84,7 +91,7 @@ start_process() {
     export AUTHPLANE_SERVER_ADDRESS=:$AUTHSERVER_PORT AUTHPLANE_ADMIN_ADDRESS=:$ADMIN_PORT MCP_ADDRESS=:$MCP_PORT
     export AUTHPLANE_ADMIN_API_KEY RESOURCE_URI MCP_SERVER_NAME MCP_SCOPE
     export NO_PROXY=localhost,127.0.0.1,::1 # without it, Python asks macOS for its proxies
-    exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&- # a pipe of make, which would wait for its end
+    exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&- # a pipe of make, which would wait until the server ends
     exec tests/.venv/bin/python "$PWD/tests/tier01/serve.py" >.started/log 2>&1 </dev/null
   ) &
   set +m
@@ -105,7 +112,7 @@ start_containers() {
 # start_tier01: starts both servers, and waits until they respond.
 start_tier01() {
   local deadline
-  stop || exit 1
+  stop
   check_ports
   get_image
   starting=yes
@@ -123,7 +130,10 @@ start_tier01() {
 start() {
   local what=''
   request_metadata "$AUTHSERVER_URL"
-  [ "$status" = 200 ] || start_tier01
+  if [ "$status" != 200 ]; then
+    start_tier01
+    request_metadata "$AUTHSERVER_URL"
+  fi
   find_runtime "$(json_field '.issuer | strings')"
   if [ -z "$network" ]; then
     tests/harness/install.sh .venv agent

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from textwrap import dedent, indent
-from types import ModuleType
 from typing import NamedTuple
 from unittest.mock import patch
 from urllib.parse import parse_qsl
@@ -23,7 +22,6 @@ from urllib.parse import parse_qsl
 import agent
 import pytest
 
-import plain_agent
 from conftest import StartFake
 from fakes import Answer, Fake, Request, http_response
 from sandbox import ROOT, Sandbox, wait_until
@@ -57,13 +55,13 @@ class Fakes(NamedTuple):
     settings: dict[str, str]
 
 
-def call(settings: dict[str, str], program: ModuleType = agent) -> Outcome:
+def call(settings: dict[str, str]) -> Outcome:
     """Run `agent.main` with these settings, and none of the environment."""
     no_proxy = {"NO_PROXY": "localhost"}  # macOS has proxies outside of the environment
     environment = patch.dict(os.environ, no_proxy | settings, clear=True)
     with environment, redirect_stdout(StringIO()) as printed:
         try:
-            asyncio.run(program.main())
+            asyncio.run(agent.main())
         except SystemExit as end:
             return Outcome(printed.getvalue(), str(end.code))
         return Outcome(printed.getvalue(), None)
@@ -312,13 +310,3 @@ def test_ctrl_c_ends_it_quietly(sandbox: Sandbox, fakes: StartFakes) -> None:
     wait_until(lambda: started.mcp.requests, "the request")
     process.send_signal(signal.SIGINT)
     assert (process.communicate(timeout=30), process.returncode) == (("", ""), 130)
-
-
-# The same without authentication
-
-
-def test_the_plain_agent(fakes: StartFakes) -> None:
-    mcp = fakes(json_reply(REPLY)).mcp
-    printed, failure = call({"MCP_URL": mcp.url}, plain_agent)
-    assert (printed, failure) == (f"{json.dumps(REPLY)}\nMCP initialize OK\n", None)
-    assert "authorization" not in mcp.requests[0].headers

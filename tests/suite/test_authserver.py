@@ -16,7 +16,7 @@ from sandbox import Sandbox, wait_until
 METADATA = "/.well-known/oauth-authorization-server"
 KEYS = "/.well-known/jwks.json"
 URI = "http://localhost:8080/contract"
-CALLS = [("GET", "resources"), ("POST", "resources"), ("POST", "clients"), ("DELETE", "clients/a")]
+CALLS = [("POST", "resources"), ("POST", "clients"), ("DELETE", "clients/a")]
 
 
 @pytest.fixture(scope="module", params=["stand-in", "authserver"])
@@ -122,15 +122,9 @@ def test_admin_key_is_required(
 
 
 def test_resource(authserver: Authserver) -> None:
-    slug, uri = f"test-{uuid.uuid4()}", f"{URI}/1"
-    assert authserver.admin("GET", f"resources?slug={slug}").status_code == 404
-    created = authserver.register_resource(slug, uri, "mcp:echo")
-    assert created.status_code == 201
-    assert authserver.register_resource(slug, uri, "mcp:echo").status_code == 409
-    read = authserver.admin("GET", f"resources?slug={slug}")
-    for view in (created.json(), read.json()):
-        assert (view["slug"], view["uri"], view["id"]) == (slug, uri, created.json()["id"])
-        assert [scope["name"] for scope in view["scopes"]] == ["mcp:echo"]
+    slug = f"test-{uuid.uuid4()}"
+    assert authserver.register_resource(slug, f"{URI}/1", "mcp:echo").status_code == 201
+    assert authserver.register_resource(slug, f"{URI}/1", "mcp:echo").status_code == 409
 
 
 def test_client(authserver: Authserver) -> None:

@@ -130,13 +130,6 @@ async def check_admin_key(request: Request, call_next: RequestResponseEndpoint) 
     return JSONResponse({"error": "unauthorized"}, 401, {"WWW-Authenticate": "Bearer"})
 
 
-async def read_resource(request: Request) -> Response:
-    resource = resources.get(request.query_params.get("slug", ""))
-    if not resource:
-        return Response(status_code=404)
-    return JSONResponse(resource.model_dump())
-
-
 async def create_resource(request: Request) -> Response:
     resource = Resource.model_validate_json(await request.body())
     if resource.slug in resources:
@@ -176,7 +169,6 @@ public = Starlette(
 )
 admin = Starlette(
     routes=[
-        Route("/admin/resources", read_resource),
         Route("/admin/resources", create_resource, methods=["POST"]),
         Route("/admin/clients", list_clients),
         Route("/admin/clients", create_client, methods=["POST"]),

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import os
 import warnings
-from pathlib import Path
 from urllib.parse import urlsplit
 
 os.environ["FASTMCP_ENV_FILE"] = os.devnull  # else FastMCP reads ./.env, which is not its own
@@ -21,9 +20,6 @@ NAME = os.environ.get("MCP_SERVER_NAME") or "demo-server"
 RESOURCE_URI = os.environ.get("RESOURCE_URI") or "http://localhost:8080/mcp"
 ISSUER = os.environ.get("AUTHPLANE_ISSUER") or "http://localhost:9000"
 SCOPE = os.environ.get("MCP_SCOPE") or "mcp:echo"
-CERTIFICATES = os.environ.get("SSL_CERT_FILE")
-if CERTIFICATES and not Path(CERTIFICATES).is_file():
-    raise SystemExit(f"mcp_server.py: SSL_CERT_FILE={CERTIFICATES}: there is no such file")
 
 
 def echo(text: str) -> str:
