@@ -65,8 +65,9 @@ check_ports() {
     fail "the MCP server that is started here has the path of RESOURCE_URI=$RESOURCE_URI: set MCP_URL to the same path"
 }
 
-# get_image: gets the authserver's image; sets why_native to the reason to start the stand-in instead, if there is one.
-get_image() {
+# choose_servers: sets why_native to the reason to start the stand-in as a process; if it is empty, tier 01 is started in
+# containers, and the authserver's image is here.
+choose_servers() {
   why_native=''
   if [ "$TIER01_RUNTIME" = native ]; then
     why_native="TIER01_RUNTIME=native"
@@ -114,7 +115,7 @@ start_tier01() {
   local deadline
   stop
   check_ports
-  get_image
+  choose_servers
   starting=yes
   if [ -n "$why_native" ]; then start_process; else start_containers; fi
   deadline=$((SECONDS + 30))

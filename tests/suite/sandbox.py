@@ -52,8 +52,11 @@ class Sandbox:
         self.clone = self.folder / "clone"
         self.log = self.folder / "servers.log"
         self.tools = tools
-        self.reservations = [] if ports else [reserve_port() for _ in range(3)]
-        self.ports = ports or [each.getsockname()[1] for each in self.reservations]
+        self.reservations: list[socket.socket] = []
+        if ports is None:
+            self.reservations = [reserve_port() for _ in range(3)]
+            ports = [each.getsockname()[1] for each in self.reservations]
+        self.ports = ports
         self.issuer, admin_url, mcp_server = (f"http://localhost:{port}" for port in self.ports)
         self.mcp_url = f"{mcp_server}/mcp"
         self.authserver = Authserver(self.issuer, admin_url)

@@ -56,7 +56,7 @@ def test_expired_token(sandbox: Sandbox) -> None:
 
 def assert_ends(server: subprocess.Popen[str], number: signal.Signals) -> None:
     server.send_signal(number)
-    assert server.wait(1.5) == 0  # not by the default action, which process 1 hasn't
+    assert server.wait(1.5) == 0  # a handler has ended it: process 1 has no default action
 
 
 def test_waits_for_the_authorization_server_and_ends_at_a_signal(new_sandbox: NewSandbox) -> None:

@@ -136,7 +136,7 @@ def start_relay(sandbox: Sandbox, servers: Sandbox, settings: dict[str, str]) ->
     servers.authserver.register_resource(sandbox.name, sandbox.mcp_url, "mcp:relay")
 
 
-def caller(sandbox: Sandbox, servers: Sandbox, scope: str) -> Client[Any]:
+def relay_client(sandbox: Sandbox, servers: Sandbox, scope: str) -> Client[Any]:
     """Return a client of the relay server, with a token of this scope."""
     client = servers.authserver.register_client(scope)
     return Client(sandbox.mcp_url, auth=servers.authserver.token(client, resource=sandbox.mcp_url))
@@ -148,9 +148,9 @@ async def test_relay_server(
 ) -> None:
     """Its tool calls tier 01 with a token of its own; at the end it closes its client."""
     start_relay(sandbox, servers, agent_settings)
-    async with caller(sandbox, servers, "mcp:other") as client:
+    async with relay_client(sandbox, servers, "mcp:other") as client:
         assert await client.list_tools() == []
-    async with caller(sandbox, servers, "mcp:relay") as client:
+    async with relay_client(sandbox, servers, "mcp:relay") as client:
         assert (await client.call_tool("relay", {"text": "hi"})).data == "hi"
         [relay] = sandbox.started
         relay.send_signal(number)
@@ -168,7 +168,7 @@ async def test_relay_server_shows_no_addresses_and_has_a_time_limit(
     program = sandbox.clone / "tests/examples/relay_server.py"
     program.write_text(program.read_text().replace("timeout=15", "timeout=1"))
     start_relay(sandbox, servers, agent_settings | {"MCP_URL": other.url})
-    async with caller(sandbox, servers, "mcp:relay") as client, asyncio.timeout(15):
+    async with relay_client(sandbox, servers, "mcp:relay") as client, asyncio.timeout(15):
         for _ in ("rejected", "no response"):
             result = await client.call_tool("relay", {"text": ""}, raise_on_error=False)
             assert result.is_error
