@@ -45,6 +45,6 @@ run_agent() {
   fi
   # shellcheck disable=SC2086 # the names are words
   keep_environment $names
-  export NO_PROXY=$no_proxy_list no_proxy=$no_proxy_list # without these, Python asks macOS for its proxies
+  export NO_PROXY=$no_proxy_list no_proxy=$no_proxy_list # without these, Python uses the proxies of macOS
   exec .venv/bin/python agent.py
 }

@@ -91,7 +91,7 @@ start_process() {
     export AUTHPLANE_SERVER_ISSUER=$AUTHSERVER_URL AUTHPLANE_ISSUER=$AUTHSERVER_URL AUTHPLANE_DEV_MODE=true
     export AUTHPLANE_SERVER_ADDRESS=:$AUTHSERVER_PORT AUTHPLANE_ADMIN_ADDRESS=:$ADMIN_PORT MCP_ADDRESS=:$MCP_PORT
     export AUTHPLANE_ADMIN_API_KEY RESOURCE_URI MCP_SERVER_NAME MCP_SCOPE
-    export NO_PROXY=localhost,127.0.0.1,::1 # without it, Python asks macOS for its proxies
+    export NO_PROXY=localhost,127.0.0.1,::1 # without it, Python uses the proxies of macOS
     exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&- # a pipe of make, which would wait until the server ends
     exec tests/.venv/bin/python "$PWD/tests/tier01/serve.py" >.started/log 2>&1 </dev/null
   ) &

@@ -8,9 +8,9 @@ from http.client import parse_headers
 from socketserver import BaseRequestHandler, ThreadingTCPServer
 from typing import Any, NamedTuple
 
-type Answer = bytes | Iterable[bytes] | None
-type Handler = Callable[[Request], Answer]
-type Change = Callable[[Request, Callable[[Request], bytes]], Answer]
+type Response = bytes | Iterable[bytes] | None
+type Handler = Callable[[Request], Response]
+type Change = Callable[[Request, Callable[[Request], bytes]], Response]
 
 
 class Request(NamedTuple):
@@ -65,14 +65,14 @@ class Fake(ThreadingTCPServer):
             body = incoming.read(int(headers.get("content-length", "0")))
         received = Request(method, path, headers, body)
         self.requests.append(received)
-        answer = self.handler(received)
+        response = self.handler(received)
         with suppress(OSError):  # the client can give up
-            if answer is None:
+            if response is None:
                 request.recv(1)
-            elif isinstance(answer, bytes):
-                request.sendall(answer)
+            elif isinstance(response, bytes):
+                request.sendall(response)
             else:
-                for part in answer:
+                for part in response:
                     request.sendall(part)
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -94,9 +94,9 @@ def in_front_of(port: int, change: Change) -> Handler:
     return lambda request: change(request, forward)
 
 
-def when(pattern: bytes, answer: Answer) -> Change:
+def when(pattern: bytes, response: Response) -> Change:
     """Return a change that responds with this to the requests in which the pattern is found."""
-    return lambda sent, forward: answer if re.search(pattern, bytes(sent)) else forward(sent)
+    return lambda sent, forward: response if re.search(pattern, bytes(sent)) else forward(sent)
 
 
 def replacing(old: bytes, new: bytes) -> Change:

@@ -20,7 +20,7 @@ from authserver_client import ADMIN_KEY, Authserver
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / "tests/.venv/bin/python"
-# What README.md asks for, and what every Unix has.
+# What README.md names, and what every Unix has.
 TOOLS = """
     bash make curl jq
     awk base64 cat chmod cmp cp cut date diff dirname env find grep head ln ls mkdir mktemp mv nohup
@@ -33,7 +33,7 @@ PASSED_ON = re.compile(
 
 
 class Sandbox:
-    """A clean clone, with the tools that README.md asks for, whose defaults are its own.
+    """A clean clone, with the tools that README.md names, whose defaults are its own.
 
     The defaults are in its .env.example: ports, and an image that can't be pulled. The Docker
     objects that it makes are named after it. `docker` and `uv` are there only if they are named.

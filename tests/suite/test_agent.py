@@ -23,7 +23,7 @@ import agent
 import pytest
 
 from conftest import StartFake
-from fakes import Answer, Fake, Request, http_response
+from fakes import Fake, Request, Response, http_response
 from sandbox import ROOT, Sandbox, wait_until
 
 type StartFakes = Callable[..., Fakes]
@@ -79,8 +79,8 @@ TOKEN = json_reply({"access_token": "a-token", "token_type": "Bearer", "expires_
 def fakes(fake: StartFake) -> StartFakes:
     """Start the fakes, with responses to `initialize`, to the token request, and to DELETE."""
 
-    def start(reply: Answer = None, token: Answer = TOKEN, end: Answer = b"") -> Fakes:
-        def authorization_server(request: Request) -> Answer:
+    def start(reply: Response = None, token: Response = TOKEN, end: Response = b"") -> Fakes:
+        def authorization_server(request: Request) -> Response:
             metadata = {
                 "issuer": issuer.url,
                 "token_endpoint": f"{issuer.url}/token",
@@ -170,7 +170,7 @@ def left_open(content: bytes, part: bytes = b"") -> Iterator[bytes]:
         yield part
 
 
-REPLIES: dict[str, Answer] = {
+REPLIES: dict[str, Response] = {
     "JSON of 250 KiB": http_response("200 OK", json.dumps(REPLY).ljust(250 * 1024, "\n")),
     "LF, left open": left_open(events(REPLY)),
     "CR LF, left open": left_open(events(REPLY, newline="\r\n")),
@@ -183,7 +183,7 @@ REPLIES: dict[str, Answer] = {
 
 
 @pytest.mark.parametrize("reply", REPLIES.values(), ids=REPLIES)
-def test_reads_every_form_of_reply(fakes: StartFakes, reply: Answer) -> None:
+def test_reads_every_form_of_reply(fakes: StartFakes, reply: Response) -> None:
     printed, failure = call(fakes(reply).settings)
     assert failure is None
     assert re.fullmatch(rf"[ -~]+\n{OK}\n", printed)
@@ -201,7 +201,7 @@ def test_after_the_reply_a_session_that_breaks_off_is_no_failure(fakes: StartFak
 NAME = "no result.serverInfo.name 'demo-server' in"
 CHALLENGE = 'Bearer error="invalid_token"'
 TOO_LARGE = "the response is too large, or in too many chunks (ValueError)"
-FAILURES: dict[str, tuple[Answer, str]] = {
+FAILURES: dict[str, tuple[Response, str]] = {
     "401": (http_response("401 No", www_authenticate=CHALLENGE), f"401 No {CHALLENGE} …"),
     "307": (http_response("307 Moved", location="/mcp2"), "307 Moved /mcp2 (ValueError)"),
     "hostile and long": (http_response(f"500 No{HOSTILE * 999}"), "500 No…"),
@@ -216,7 +216,7 @@ FAILURES: dict[str, tuple[Answer, str]] = {
 
 
 @pytest.mark.parametrize(("reply", "line"), FAILURES.values(), ids=FAILURES)
-def test_mcp_server(fakes: StartFakes, reply: Answer, line: str) -> None:
+def test_mcp_server(fakes: StartFakes, reply: Response, line: str) -> None:
     started = fakes(reply)
     printed, failure = call(started.settings)
     assert_fails(failure, f"initialize at {started.mcp.url}/mcp: {line}")
@@ -234,7 +234,7 @@ def test_authorization_server(fakes: StartFakes, code: str) -> None:
 
 
 ENDLESS = left_open(events(NOTIFICATION), b": ping\n\n")
-WAITS: dict[str, tuple[Answer, Answer, str]] = {
+WAITS: dict[str, tuple[Response, Response, str]] = {
     "token": (None, None, "access token from …: no complete response (TimeoutError)"),
     "response": (None, TOKEN, "initialize at …: no complete response (ReadTimeout)"),
     "endless stream": (ENDLESS, TOKEN, "initialize at …: no complete response (TimeoutError)"),
@@ -243,7 +243,7 @@ WAITS: dict[str, tuple[Answer, Answer, str]] = {
 
 @pytest.mark.parametrize(("reply", "token", "line"), WAITS.values(), ids=WAITS)
 def test_time_limits(
-    fakes: StartFakes, monkeypatch: pytest.MonkeyPatch, reply: Answer, token: Answer, line: str
+    fakes: StartFakes, monkeypatch: pytest.MonkeyPatch, reply: Response, token: Response, line: str
 ) -> None:
     monkeypatch.setattr(agent, "WAIT_SECONDS", 0.5)
     monkeypatch.setattr(agent, "TOTAL_SECONDS", 1.5)

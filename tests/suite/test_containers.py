@@ -86,8 +86,8 @@ def test_starts_the_stand_in_if_the_image_cannot_be_pulled(new_sandbox: NewSandb
     image = f"localhost:1/{sandbox.name}"
     why = f"{image} can't be pulled"
     failed = sandbox.make("run", TIER01_RUNTIME="docker")
-    *reason, told, _ = failed.stderr.splitlines()
-    assert (failed.returncode, told) == (2, f"tier01.sh: TIER01_RUNTIME=docker, but {why}")
+    *reason, message, _ = failed.stderr.splitlines()
+    assert (failed.returncode, message) == (2, f"tier01.sh: TIER01_RUNTIME=docker, but {why}")
     assert "localhost:1" in "".join(reason)
     result = sandbox.make("run")
     assert f"starting a stand-in for tier 01 as a process: {why}\n" in result.stdout
@@ -138,14 +138,14 @@ FAILS = {
 }
 
 
-@pytest.mark.parametrize(("setting", "told"), FAILS.items(), ids=FAILS)
-def test_verify_says_what_to_do(containers: Sandbox, setting: str, told: str) -> None:
+@pytest.mark.parametrize(("setting", "message"), FAILS.items(), ids=FAILS)
+def test_verify_says_what_to_do(containers: Sandbox, setting: str, message: str) -> None:
     before = containers.authserver.clients()
     name, value = setting.split("=")
     result = containers.verify(**{name: value})
     assert result.returncode == 1
     assert re.fullmatch(r"verify\.sh: [^\n]+\n", result.stderr), result.stderr
-    assert told in result.stderr
+    assert message in result.stderr
     assert containers.authserver.clients() == before
 
 

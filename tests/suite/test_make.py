@@ -15,12 +15,12 @@ from sandbox import Sandbox, wait_until
 INSTALL = ["tests/harness/install.sh", ".venv", "agent"]
 
 
-def assert_fails(sandbox: Sandbox, told: str, **settings: str) -> str:
+def assert_fails(sandbox: Sandbox, message: str, **settings: str) -> str:
     """Check that `make run` fails, leaves nothing, and tells that in its last line; return all."""
     result = sandbox.make("run", **settings)
     *_, last = [line for line in result.stderr.splitlines() if ": *** " not in line]
     assert (result.returncode, sandbox.left()) == (2, [])
-    assert told in last
+    assert message in last
     assert "Traceback" not in result.stderr
     return result.stderr
 
@@ -37,19 +37,19 @@ FAILS = {
 PYTHONS = {"old": "sys.version_info = (3, 11)", "without-venv": "sys.modules['ensurepip'] = None"}
 
 
-@pytest.mark.parametrize(("told", "settings"), FAILS.items(), ids=FAILS.keys())
-def test_says_what_to_do(new_sandbox: NewSandbox, told: str, settings: dict[str, str]) -> None:
+@pytest.mark.parametrize(("message", "settings"), FAILS.items(), ids=FAILS.keys())
+def test_says_what_to_do(new_sandbox: NewSandbox, message: str, settings: dict[str, str]) -> None:
     sandbox = new_sandbox(prepared=False)
     for folder, code in PYTHONS.items():
         (sandbox.clone / folder).mkdir()
         (sandbox.clone / folder / "sitecustomize.py").write_text(f"import sys; {code}")
-    assert_fails(sandbox, told, **settings)
+    assert_fails(sandbox, message, **settings)
 
 
 def test_shows_the_log_of_a_server_that_did_not_start(sandbox: Sandbox) -> None:
-    told = "tier 01 did not start: the end of the log is above"
+    message = "tier 01 did not start: the end of the log is above"
     started = time.monotonic()
-    shown = assert_fails(sandbox, told, ADMIN_URL=sandbox.issuer)
+    shown = assert_fails(sandbox, message, ADMIN_URL=sandbox.issuer)
     assert f"serve.py: can't listen on :{sandbox.ports[0]}: " in shown
     assert time.monotonic() - started < 20  # it is not waited for any more
 
@@ -57,8 +57,8 @@ def test_shows_the_log_of_a_server_that_did_not_start(sandbox: Sandbox) -> None:
 def test_says_which_port_is_taken(fake: StartFake, sandbox: Sandbox) -> None:
     issuer = fake(lambda _: http_response("404 Not Found")).url
     port = issuer.split(":")[2]
-    told = f"listening on port {port}: set AUTHSERVER_URL to another port"
-    assert_fails(sandbox, told, AUTHSERVER_URL=issuer)
+    message = f"listening on port {port}: set AUTHSERVER_URL to another port"
+    assert_fails(sandbox, message, AUTHSERVER_URL=issuer)
 
 
 @pytest.mark.parametrize("tool", ["uv", "pip"])
@@ -69,15 +69,15 @@ def test_installs_the_pinned_packages(new_sandbox: NewSandbox, tool: str) -> Non
     chosen = re.findall(r"(?ms)^(?:h11|idna)==.*?[^\\]$", requirements.read_text())
     requirements.write_text("\n".join(chosen))
     uv = str(sandbox.folder / "bin/uv") if tool == "uv" else ""
-    told = "installing tests/requirements/agent.txt into .venv\n"
+    message = "installing tests/requirements/agent.txt into .venv\n"
     result = sandbox.run(*INSTALL, UV=uv)
-    assert (result.stdout, result.stderr) == (told, "")
+    assert (result.stdout, result.stderr) == (message, "")
     installed = sandbox.clone.glob(".venv/lib/*/site-packages/*.dist-info")
     names = {path.name.split("-")[0] for path in installed}
     assert names == ({"h11", "idna"} if tool == "uv" else {"h11", "idna", "pip"})
     assert sandbox.run(*INSTALL, UV=uv).stdout == ""
     requirements.write_text(chosen[0])
-    assert sandbox.run(*INSTALL, UV=uv).stdout == told
+    assert sandbox.run(*INSTALL, UV=uv).stdout == message
 
 
 def test_mends_an_environment(new_sandbox: NewSandbox) -> None:
@@ -154,12 +154,12 @@ def test_clean_ends_no_other_program_of_that_number(sandbox: Sandbox) -> None:
 def test_many_runs_at_once(sandbox: Sandbox) -> None:
     """One starts the servers, and the others say what to do; a lock that was left, too."""
     runs = [sandbox.start("make", "run") for _ in range(12)]
-    told: list[str] = []
+    message: list[str] = []
     for run in runs:
         _, errors = run.communicate(timeout=60)
-        told += [errors] if run.returncode else []
-    assert 1 <= len(told) < 12
-    assert all("is running in this folder: wait for its end" in each for each in told)
+        message += [errors] if run.returncode else []
+    assert 1 <= len(message) < 12
+    assert all("is running in this folder: wait for its end" in each for each in message)
     assert len(sandbox.processes()) == 1
     (sandbox.clone / ".started.lock").symlink_to("123456789")  # of a process that was killed
     assert "if it was killed, make clean" in sandbox.make("run").stderr
@@ -180,11 +180,11 @@ def test_interrupted_run_leaves_nothing(sandbox: Sandbox, waited_for: str) -> No
 
 def test_leaves_what_it_has_not_made(served: Sandbox) -> None:
     """That is a tier 01 that is already running, all of it, and an edited .env."""
-    told = "http://localhost:1/mcp is no protected MCP server (expected 401, got no response)"
-    assert_fails(served, told, MCP_URL="http://localhost:1/mcp")
+    message = "http://localhost:1/mcp is no protected MCP server (expected 401, got no response)"
+    assert_fails(served, message, MCP_URL="http://localhost:1/mcp")
     (served.clone / ".env").write_text("CLIENT_ID=mine\n")
-    told = f"tier 01 is running: {served.issuer} and {served.mcp_url}\n"
-    assert served.make("run").stdout == told
+    message = f"tier 01 is running: {served.issuer} and {served.mcp_url}\n"
+    assert served.make("run").stdout == message
     assert served.make("clean").returncode == 0
     assert status_of("POST", served.mcp_url) == 401
     assert (served.clone / ".env").read_text() == "CLIENT_ID=mine\n"

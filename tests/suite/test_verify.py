@@ -16,7 +16,7 @@ import pytest
 
 from authserver_client import ADMIN_KEY
 from conftest import StartFake
-from fakes import Answer, Change, Handler, Request, http_response, in_front_of, replacing, when
+from fakes import Change, Handler, Request, Response, http_response, in_front_of, replacing, when
 from sandbox import ROOT, Sandbox, wait_until
 
 type Intercept = Callable[..., dict[str, str]]
@@ -116,7 +116,7 @@ HOSTILE = http_response("200 OK", json.dumps({"issuer": "ftp://x\x1b[31m\r\nALL"
 ELSEWHERE = http_response("200 OK", json.dumps({"issuer": "http://no.invalid"}))
 
 
-def accepts_all_audiences(request: Request, forward: Handler) -> Answer:
+def accepts_all_audiences(request: Request, forward: Handler) -> Response:
     """Accept a token that verify.sh sends, unless it has tampered with it."""
     token = request.headers.get("authorization", "")
     by_verify = "curl" in request.headers["user-agent"]
@@ -155,13 +155,13 @@ BROKEN: dict[str, dict[str, tuple[Change, str]]] = {
 )
 def test_fails_for(intercept: Intercept, served: Sandbox, server: str, case: str) -> None:
     """It says why in one line, sends no control character to a terminal, and leaves nothing."""
-    change, told = BROKEN[server][case]
+    change, message = BROKEN[server][case]
     before = served.authserver.clients()
     result = served.verify(**intercept(**{server: change}))
     assert result.returncode == 1
     [error] = result.stderr.splitlines()
     assert error.startswith("verify.sh: ")
-    assert told in error
+    assert message in error
     assert len(error) < 1_000
     assert ("✗" in result.stdout) == (": expected " in error)
     assert "✗" not in "".join(result.stdout.splitlines()[:-1])
@@ -179,16 +179,16 @@ STAYS = {
 }
 
 
-@pytest.mark.parametrize(("response", "told"), STAYS.items(), ids=STAYS)
+@pytest.mark.parametrize(("response", "message"), STAYS.items(), ids=STAYS)
 def test_fails_if_the_client_stays(
-    intercept: Intercept, served: Sandbox, response: str, told: list[str]
+    intercept: Intercept, served: Sandbox, response: str, message: list[str]
 ) -> None:
     before = served.authserver.clients()
     result = served.verify(**intercept(ADMIN_URL=when(b"DELETE", http_response(response))))
     [client] = set(served.authserver.clients()) - set(before)
     served.authserver.delete_client(client)
     assert result.returncode == 1
-    for line, expected in zip(result.stderr.splitlines(), told, strict=True):
+    for line, expected in zip(result.stderr.splitlines(), message, strict=True):
         assert expected.format(client) in line
 
 
@@ -210,7 +210,7 @@ def test_requests_the_metadata_of_the_issuer(
     assert paths == ["/.well-known/oauth-authorization-server/[1-9]"]
 
 
-def test_older_servers_answer_invalid_scope(intercept: Intercept, served: Sandbox) -> None:
+def test_older_servers_respond_invalid_scope(intercept: Intercept, served: Sandbox) -> None:
     older = replacing(b'"invalid_target"', b'"invalid_scope" ')
     result = served.verify(**intercept(AUTHSERVER_URL=older))
     assert masked(result.stdout) == CHECKS.replace("invalid_target", "invalid_scope")
@@ -229,13 +229,13 @@ def test_a_secret_of_any_characters(intercept: Intercept, served: Sandbox) -> No
     agent.chmod(0o755)
     sent: list[str] = []
 
-    def odd_secret(request: Request, forward: Handler) -> Answer:
+    def odd_secret(request: Request, forward: Handler) -> Response:
         if request.method == "POST" and "clients" in request.path:
             client = {"client_id": "id", "client_secret": "+/=&%: x"}
             return http_response("201 Created", json.dumps(client))
         return forward(request)
 
-    def recorded(request: Request, forward: Handler) -> Answer:
+    def recorded(request: Request, forward: Handler) -> Response:
         if request.method == "POST":
             sent.append(request.headers["authorization"])
         return forward(request)
@@ -248,7 +248,7 @@ def test_a_registration_without_a_secret(intercept: Intercept, served: Sandbox) 
     """The client is deleted by its id, whatever characters that has."""
     deleted: list[str] = []
 
-    def without_secret(request: Request, forward: Handler) -> Answer:
+    def without_secret(request: Request, forward: Handler) -> Response:
         if request.method == "DELETE":
             deleted.append(request.path)
         if "clients" in request.path:
@@ -262,11 +262,11 @@ def test_a_registration_without_a_secret(intercept: Intercept, served: Sandbox) 
 
 def test_shows_no_secret(intercept: Intercept, served: Sandbox) -> None:
     """No secret is in an argument or in the output; the agent gets its own settings only."""
-    answers: list[bytes] = []
+    responses: list[bytes] = []
 
-    def recorded(request: Request, forward: Callable[[Request], bytes]) -> Answer:
-        answers.append(forward(request))
-        return answers[-1]
+    def recorded(request: Request, forward: Callable[[Request], bytes]) -> Response:
+        responses.append(forward(request))
+        return responses[-1]
 
     settings = {
         "AUTHPLANE_SESSION_SECRET": "a-session-secret",
@@ -287,9 +287,9 @@ def test_shows_no_secret(intercept: Intercept, served: Sandbox) -> None:
                     assert ADMIN_KEY not in process.environ().values()
     output, errors = run.communicate()
     assert masked(output) == CHECKS
-    said = b"\n".join(answers).decode()
-    secrets = re.findall(r'"(?:client_secret|access_token)": ?"([^"]+)"', said)
-    [client] = re.findall(r'"client_id": ?"([^"]+)"', said)
+    text = b"\n".join(responses).decode()
+    secrets = re.findall(r'"(?:client_secret|access_token)": ?"([^"]+)"', text)
+    [client] = re.findall(r'"client_id": ?"([^"]+)"', text)
     secrets += [ADMIN_KEY, basic(client, secrets[0])]
     assert len(secrets) == 5
     assert any("curl" in each for each in arguments)
@@ -316,12 +316,12 @@ def test_cleans_up_when_interrupted(
     before = served.authserver.clients()
     reached, go_on = threading.Event(), threading.Event()
 
-    def slow(request: Request, forward: Handler) -> Answer:
-        answer = forward(request)
+    def slow(request: Request, forward: Handler) -> Response:
+        response = forward(request)
         if re.search(moment, bytes(request)):
             reached.set()
             go_on.wait(20)
-        return answer
+        return response
 
     run = served.start("./verify.sh", **intercept(**{server: slow}))
     assert reached.wait(20)
