@@ -49,7 +49,7 @@ check_settings() {
   for name in AUTHSERVER_URL ADMIN_URL MCP_URL; do
     [[ ${!name} =~ ^https?://[^/?#]+ ]] || fail "$name=${!name}: it must begin with http:// or https:// and a host"
   done
-  [[ $TIER01_RUNTIME =~ ^(native|docker|)$ ]] || fail "TIER01_RUNTIME=$TIER01_RUNTIME: it can be native or docker"
+  [[ $TIER01_RUNTIME =~ ^(native|docker)?$ ]] || fail "TIER01_RUNTIME=$TIER01_RUNTIME: it can be native or docker"
   AUTHSERVER_URL=${AUTHSERVER_URL%/} ADMIN_URL=${ADMIN_URL%/}
 }
 
