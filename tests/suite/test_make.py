@@ -112,7 +112,9 @@ def test_mends_an_environment(new_sandbox: NewSandbox) -> None:
 def test_life_of_what_run_starts(sandbox: Sandbox) -> None:
     """It is started once, holds nothing of what started it, and is ended by clean."""
     environment = {"TOKEN_SECONDS": "60", "AWS_SECRET": "x", "ALL_PROXY": "socks5://localhost:1"}
-    environment |= {"SSL_CERT_FILE": "/nowhere", "AUTHPLANE_SESSION_SECRET": "x"}
+    elsewhere = sandbox.folder / "elsewhere"
+    (elsewhere / "tests/harness").mkdir(parents=True)
+    environment |= {"SSL_CERT_FILE": "/nowhere", "CDPATH": str(elsewhere)}
     inheriting = ["bash", "-c", "make run 3>&1 9>&2"]  # it ends when these pipes do
     printed = sandbox.run(*inheriting, **environment).stdout
     running = f"tier 01 is running: {sandbox.issuer} (a stand-in) and {sandbox.mcp_url}\n"

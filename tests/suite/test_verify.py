@@ -84,7 +84,7 @@ def test_reads_settings_from_dotenv_without_executing_it(served: Sandbox) -> Non
         f'AUTHPLANE_ADMIN_API_KEY="{ADMIN_KEY}"  # a comment',
         " TIER01_RUNTIME = 'native'",
         "# AUTHSERVER_URL=http://localhost:1",
-        "PYTHON_IMAGE=don't",
+        "PYTHON_IMAGE=a'",
     ]
     dotenv = served.clone / ".env"
     dotenv.write_text("".join(f"{line}\r\n" for line in lines), encoding="latin-1")
@@ -92,7 +92,7 @@ def test_reads_settings_from_dotenv_without_executing_it(served: Sandbox) -> Non
     assert (masked(result.stdout), result.stderr) == (CHECKS, "")
     assert not (served.clone / "ran").exists()
     read = '. tests/harness/settings.sh; read_settings; echo "$PYTHON_IMAGE"'
-    assert served.run("bash", "-c", read).stdout == "don't\n"
+    assert served.run("bash", "-c", read).stdout == "a'\n"
     assert "no token: rejected" not in served.verify(AUTHSERVER_URL="").stdout
     assert "registered: expected" in served.verify().stderr
 
