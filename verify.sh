@@ -18,7 +18,7 @@ check() {
     printf '✓ %-30s %s\n' "$1" "$result"
   else
     printf '✗ %-30s %s\n' "$1" "$result"
-    fail "$1: expected $2, got $result: $4"
+    fail "$1: expected $2, got ${result:0:300}: $4"
   fi
 }
 
@@ -104,6 +104,10 @@ admin POST resources "$(jq -nc --arg uri "$RESOURCE_URI" --arg scope "$MCP_SCOPE
   backend_kind: "mint", display_name: "Demo MCP", scopes: [{name: $scope, description: "echo tool"}]}')"
 check "resource: registered" "201|409" "$status" \
   "are AUTHPLANE_ADMIN_API_KEY and ADMIN_URL those of this tier 01? If make run has started it, make clean"
+help="see Troubleshooting in README.md (make run prepares the agent)"
+if [ "$status" = 409 ]; then
+  help="if the resource demo-mcp has another uri, or not the scope $MCP_SCOPE, make clean, or change it; else $help"
+fi
 
 # The client: a new one for each run, since its secret is shown only once
 register_client "$(jq -nc --arg scope "$MCP_SCOPE" '{client_name: "demo-agent-client", scope: $scope,
@@ -120,7 +124,7 @@ agent_pid=$!
 wait "$agent_pid" || result=$?
 agent_pid=''
 check "agent: accepted" "exit 0, authenticated MCP initialize OK" \
-  "exit $result, $(tail -n 1 "$work/agent")" "make run prepares it; see Troubleshooting in README.md and tests/README.md"
+  "exit $result, $(tail -n 1 "$work/agent")" "$help"
 
 # The authorization server issues a token only to this client, for its scope, for a registered resource
 request_token "$CLIENT_SECRET" "$MCP_SCOPE" "$RESOURCE_URI"

@@ -9,7 +9,8 @@ from httpx import Auth, Request  # from httpx2 with FastMCP 4 or MCP SDK 2
 class ResourceAuth(Auth):
     """Sends each request of an AsyncClient with an access token for one resource (RFC 8707).
 
-    For a client of that one server: the token goes wherever the client calls. For one event loop.
+    Use it in a client that calls that one server only: every server that it calls gets the token.
+    Use it in one event loop only.
     A request raises authplane.AuthplaneError if no token is issued, httpx.RequestError (also with
     httpx2) if the authorization server doesn't respond, and after five requests without a
     response authplane.CircuitOpenError, for 30 seconds.

@@ -145,7 +145,7 @@ start() {
   fi
   call_mcp ''
   [ "$status" = 401 ] ||
-    fail "$MCP_URL is no protected MCP server (expected 401, got ${status/000/no response}): correct MCP_URL, or make clean"
+    fail "$MCP_URL is no protected MCP server (expected 401, got ${status/000/no response}): correct MCP_URL (no trailing slash), or make clean"
   if server_running; then what=" (a stand-in)"; fi
   starting=''
   echo "tier 01 is running: $AUTHSERVER_URL$what and $MCP_URL"

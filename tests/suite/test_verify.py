@@ -192,6 +192,11 @@ def test_fails_if_the_client_stays(
         assert expected.format(client) in line
 
 
+def test_says_that_the_resource_may_have_another_uri(served: Sandbox) -> None:
+    result = served.verify(RESOURCE_URI="http://localhost/other")
+    assert "(invalid_target): if the resource demo-mcp has another uri" in result.stderr
+
+
 @pytest.mark.parametrize("tool", ["curl", "jq"])
 def test_says_which_tool_is_missing(sandbox: Sandbox, tool: str) -> None:
     (sandbox.folder / "bin" / tool).unlink()
