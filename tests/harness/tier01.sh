@@ -151,12 +151,19 @@ start() {
   echo "tier 01 is running: $AUTHSERVER_URL$what and $MCP_URL"
 }
 
-# stop: ends what was started from this folder, and nothing else. If the containers can't be removed, it says so, keeps
-# .started for the next try, and fails.
+# stop: ends what was started from this folder, and nothing else. If something does not end, it says so, keeps .started
+# for the next try, and fails.
 stop() {
   if server_running; then
     kill -KILL "$pid" # it has nothing to save, and it may be suspended
-    while server_running; do sleep 0.1; done
+    for _ in {1..50}; do
+      server_running || break
+      sleep 0.1
+    done
+    if server_running; then
+      echo "tier01.sh: process $pid does not end: try make clean again" >&2
+      return 1
+    fi
   fi
   if [ -f .started/project ] && ! logged compose down --volumes --rmi local; then
     echo "tier01.sh: the containers of $(cat .started/project) can't be removed: is Docker running? Then make clean" >&2

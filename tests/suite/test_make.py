@@ -143,6 +143,17 @@ def test_life_of_what_run_starts(sandbox: Sandbox) -> None:
     assert "make run has started nothing from this folder" in sandbox.make("logs").stderr
 
 
+def test_clean_fails_if_the_server_does_not_end(sandbox: Sandbox) -> None:
+    """As if the system did not end it: `kill` does nothing."""
+    sandbox.make("run")
+    [server] = sandbox.processes()
+    failed = sandbox.make("clean", **{"BASH_FUNC_kill%%": "() { :; }"})
+    assert failed.returncode == 2
+    assert f"process {server.pid} does not end" in failed.stderr
+    assert sandbox.make("clean").returncode == 0
+    assert sandbox.left() == []
+
+
 def test_clean_ends_no_other_program_of_that_number(sandbox: Sandbox) -> None:
     other = sandbox.start("sleep", "60")
     (sandbox.clone / ".started").mkdir()
