@@ -71,7 +71,10 @@ async def main() -> None:
     except Exception as error:
         if not accepted:  # otherwise only the end of the session has failed
             kind = getattr(error, "code", type(error).__name__)
-            reason = str(error) or "no complete response"
+            reason = str(error)
+            # a time limit has no text, and an error of the SDK may end with the text of its cause
+            if not str(error.__cause__ or error):
+                reason += "no complete response"
             line = f"agent: {step}: {reason} ({kind})"
             # printable ASCII only, since a server may have chosen the text
             raise SystemExit(re.sub("[^ -~]", " ", line[:999])) from None

@@ -250,6 +250,13 @@ def test_time_limits(
     assert_fails(call(fakes(reply, token).settings).failure, line)
 
 
+def test_a_silent_authorization_server(fakes: StartFakes, fake: StartFake) -> None:
+    """The SDK's own time limit is 10 seconds."""
+    silent = fake(lambda _: None)
+    failure = call(fakes().settings | {"AUTHPLANE_ISSUER": silent.url}).failure
+    assert_fails(failure, f"access token from {silent.url}: …no complete response (…Error)")
+
+
 SETTINGS: dict[str, tuple[dict[str, str], str]] = {
     "two empty": ({"MCP_URL": "", "CLIENT_ID": ""}, "settings: MCP_URL, CLIENT_ID not set"),
     "no MCP server": ({"MCP_URL": "http://localhost:1"}, "initialize at …:1: …(ConnectError)"),
