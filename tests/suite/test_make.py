@@ -1,203 +1,112 @@
-"""The Makefile on a machine without Docker: what it starts, makes, says and leaves alone."""
+"""The Makefile on a machine without Docker: what it starts, installs, says and leaves alone."""
 
 import os
 import re
 import signal
-import time
 
 import pytest
 
 from authserver_client import status_of
-from conftest import NewSandbox, StartFake
-from fakes import http_response
 from sandbox import Sandbox, wait_until
 
-INSTALL = ["tests/harness/install.sh", ".venv", "agent"]
-
-
-def assert_fails(sandbox: Sandbox, message: str, **settings: str) -> str:
-    """Check that `make run` fails, leaves nothing, and tells that in its last line; return all."""
-    result = sandbox.make("run", **settings)
-    *_, last = [line for line in result.stderr.splitlines() if ": *** " not in line]
-    assert (result.returncode, sandbox.left()) == (2, [])
-    assert message in last
-    assert "Traceback" not in result.stderr
-    return result.stderr
-
-
-FAILS = {
-    "MCP_URL=http://: it must begin with http:// or https:// and a host": {"MCP_URL": "http://"},
-    "TIER01_RUNTIME=podman: it can be native or docker": {"TIER01_RUNTIME": "podman"},
-    "no Docker Engine with Compose v2 is running": {"TIER01_RUNTIME": "docker"},
-    "no authorization server at https://auth.invalid": {"AUTHSERVER_URL": "https://auth.invalid"},
-    "set MCP_URL to the same path": {"RESOURCE_URI": "http://localhost/api"},
-    "no Python 3.12 or newer": {"PY": "python3", "PYTHONPATH": "old"},
-    "on Debian and Ubuntu the package python3.": {"PYTHONPATH": "without-venv"},
+RUNNING = "tier 01 is running: {0.issuer} (a stand-in: see Run it in README.md) and {0.mcp_url}\n"
+INSTALLING = "installing tests/requirements/agent.txt into .venv\n"
+INSTALL = "PY=py bash tests/harness/install.sh .venv agent"
+BEFORE_CLEAN = {  # and the folder in which it is run
+    "kill -KILL $(sed -n 's/^process //p' .started)": "clone",
+    "kill -STOP $(sed -n 's/^process //p' .started)": "clone",
+    "mv ../clone ../moved": "moved",
+    "ln -s clone ../link": "link",
 }
-PYTHONS = {"old": "sys.version_info = (3, 11)", "without-venv": "sys.modules['ensurepip'] = None"}
+WRONG = {
+    "run.sh: jq is missing: install it": "rm ../bin/jq",
+    "no Python 3.12 or newer: install one": "rm tests/.venv; echo 'exit 1' >../bin/python3",
+    "Set another port in .env": "echo ADMIN_URL=http://localhost:$AUTHSERVER_PORT >.env",
+    "no authorization server at http://no.invalid": "echo AUTHSERVER_URL=http://no.invalid >.env",
+}
+DAMAGE = {
+    "its Python has gone": "rm .venv/bin/python",
+    "its Python was upgraded": "mv .venv/lib/python3* .venv/lib/python3.1",
+    "it is half-made": "rm -r .venv/lib",
+    "it is not PY": "touch ../newer",
+}
 
 
-@pytest.mark.parametrize(("message", "settings"), FAILS.items(), ids=FAILS.keys())
-def test_says_what_to_do(new_sandbox: NewSandbox, message: str, settings: dict[str, str]) -> None:
-    sandbox = new_sandbox(prepared=False)
-    for folder, code in PYTHONS.items():
-        (sandbox.clone / folder).mkdir()
-        (sandbox.clone / folder / "sitecustomize.py").write_text(f"import sys; {code}")
-    assert_fails(sandbox, message, **settings)
-
-
-def test_shows_the_log_of_a_server_that_did_not_start(sandbox: Sandbox) -> None:
-    message = "tier 01 did not start: the end of the log is above"
-    started = time.monotonic()
-    shown = assert_fails(sandbox, message, ADMIN_URL=sandbox.issuer)
-    assert f"serve.py: can't listen on :{sandbox.ports[0]}: " in shown
-    assert time.monotonic() - started < 20  # it is not waited for any more
-
-
-def test_says_which_port_is_taken(fake: StartFake, sandbox: Sandbox) -> None:
-    issuer = fake(lambda _: http_response("404 Not Found")).url
-    port = issuer.split(":")[2]
-    message = f"listening on port {port}: set AUTHSERVER_URL to another port"
-    assert_fails(sandbox, message, AUTHSERVER_URL=issuer)
-
-
-@pytest.mark.parametrize("tool", ["uv", "pip"])
-def test_installs_the_pinned_packages(new_sandbox: NewSandbox, tool: str) -> None:
-    """Two of them, because pip is slow."""
-    sandbox = new_sandbox("uv", prepared=False)
-    requirements = sandbox.clone / "tests/requirements/agent.txt"
-    chosen = re.findall(r"(?ms)^(?:h11|idna)==.*?[^\\]$", requirements.read_text())
-    requirements.write_text("\n".join(chosen))
-    uv = str(sandbox.folder / "bin/uv") if tool == "uv" else ""
-    message = "installing tests/requirements/agent.txt into .venv\n"
-    result = sandbox.run(*INSTALL, UV=uv)
-    assert (result.stdout, result.stderr) == (message, "")
-    installed = sandbox.clone.glob(".venv/lib/*/site-packages/*.dist-info")
-    names = {path.name.split("-")[0] for path in installed}
-    assert names == ({"h11", "idna"} if tool == "uv" else {"h11", "idna", "pip"})
-    assert sandbox.run(*INSTALL, UV=uv).stdout == ""
-    requirements.write_text(chosen[0])
-    assert sandbox.run(*INSTALL, UV=uv).stdout == message
-
-
-def test_mends_an_environment(new_sandbox: NewSandbox) -> None:
-    """One whose Python was upgraded or removed, one that was left half-made, and another PY."""
-    sandbox = new_sandbox("uv", prepared=False)
-    requirements = sandbox.clone / "tests/requirements/agent.txt"
-    requirements.write_text("")
-    uv = str(sandbox.folder / "bin/uv")
-    other = sandbox.folder / "bin/python3-other"
-    other.write_text('#!/bin/sh\n[ "$2" ] && echo 3.99\n')
-    other.chmod(0o755)
-    venv = sandbox.clone / ".venv"
-
-    def assert_installs(**settings: str) -> None:
-        assert "installing" in sandbox.run(*INSTALL, UV=uv, **settings).stdout
-
-    assert_installs()
-    (venv / "bin/python").unlink()
-    assert_installs()
-    (venv / "complete").write_text("3.11")
-    assert_installs()
-    requirements.write_text("./not-there")
-    assert_installs()
-    requirements.write_text("")
-    assert_installs()
-    assert_installs(PY=str(other))
-    assert_installs()
-    assert sandbox.run(*INSTALL, UV=uv).stdout == ""
-    assert "no Python 3.12 or newer" in sandbox.run(*INSTALL, UV=uv, PY="not-there").stderr
-
-
-def test_life_of_what_run_starts(sandbox: Sandbox) -> None:
-    """It is started once, holds nothing of what started it, and is ended by clean."""
-    environment = {"TOKEN_SECONDS": "60", "AWS_SECRET": "x", "ALL_PROXY": "socks5://localhost:1"}
-    elsewhere = sandbox.folder / "elsewhere"
-    (elsewhere / "tests/harness").mkdir(parents=True)
-    environment |= {"SSL_CERT_FILE": "/nowhere", "CDPATH": str(elsewhere)}
-    inheriting = ["bash", "-c", "make run 3>&1 9>&2"]  # it ends when these pipes do
-    printed = sandbox.run(*inheriting, **environment).stdout
-    running = f"tier 01 is running: {sandbox.issuer} (a stand-in) and {sandbox.mcp_url}\n"
-    reason = "no Docker Engine with Compose v2 is running"
-    assert printed == f"starting a stand-in for tier 01 as a process: {reason}\n{running}"
-    private = [sandbox.clone / name for name in (".env", ".started/log", ".started/pid")]
-    assert [path.stat().st_mode & 0o077 for path in private] == [0, 0, 0]
+def test_run_starts_a_stand_in(sandbox: Sandbox) -> None:
+    """It holds no pipe, terminal, proxy and secret of what started it; a second run finds it."""
+    foreign = {"CLIENT_SECRET": "x", "SSL_CERT_FILE": "/nowhere", "ALL_PROXY": "socks5://there:1"}
+    first = sandbox.run("bash", "-c", "make run 3>&1 9>&2", TOKEN_SECONDS="60", **foreign)
+    assert (first.stdout, first.stderr) == (RUNNING.format(sandbox), "")
     [server] = sandbox.processes()
-    names = server.environ().keys()
-    assert names & environment.keys() == {"TOKEN_SECONDS"}
-    assert names >= {"AUTHPLANE_ADMIN_API_KEY", "NO_PROXY"}
-    assert os.getpgid(server.pid) == server.pid  # so that Ctrl-C in the terminal does not reach it
-    server.send_signal(signal.SIGHUP)
-    assert sandbox.make("run").stdout == running
+    assert os.getsid(server.pid) == server.pid  # no Ctrl-C, no SIGHUP of the terminal reaches it
+    own = {"AUTHPLANE_ADMIN_API_KEY", "TOKEN_SECONDS"}
+    assert server.environ().keys() & {*own, *foreign} == own
+    for name in (".env", ".started"):  # nobody else can read them
+        assert not (sandbox.clone / name).stat().st_mode & 0o077
+    assert sandbox.make("run").stdout == RUNNING.format(sandbox)
     assert sandbox.processes() == [server]
     server.kill()
-    assert sandbox.make("run").stdout.endswith(running)
-    assert "MCP server demo-server" in sandbox.make("logs", TIER01_RUNTIME="podman").stdout
-    [server] = sandbox.processes()
-    server.suspend()
-    for _ in range(2):
-        assert sandbox.make("clean", AUTHSERVER_URL="x", TIER01_RUNTIME="podman").returncode == 0
-        assert sandbox.left() == []
-        made = (".env", ".venv", "tests/.venv")
-        assert not any((sandbox.clone / name).exists() for name in made)
-    assert "make run has started nothing from this folder" in sandbox.make("logs").stderr
+    assert sandbox.make("run").stdout == RUNNING.format(sandbox)
 
 
-def test_clean_fails_if_the_server_does_not_end(sandbox: Sandbox) -> None:
-    """As if the system did not end it: `kill` does nothing."""
-    sandbox.make("run")
-    [server] = sandbox.processes()
-    failed = sandbox.make("clean", **{"BASH_FUNC_kill%%": "() { :; }"})
-    assert failed.returncode == 2
-    assert f"process {server.pid} does not end" in failed.stderr
-    assert sandbox.make("clean").returncode == 0
-    assert sandbox.left() == []
-
-
-def test_clean_ends_no_other_program_of_that_number(sandbox: Sandbox) -> None:
-    other = sandbox.start("sleep", "60")
-    (sandbox.clone / ".started").mkdir()
-    (sandbox.clone / ".started/pid").write_text(str(other.pid))
-    (sandbox.clone / ".started/log").touch()
-    assert sandbox.make("clean").returncode == 0
-    assert other.poll() is None
-    assert not (sandbox.clone / ".started").exists()
-
-
-def test_many_runs_at_once(sandbox: Sandbox) -> None:
-    """One starts the servers, and the others say what to do; a lock that was left, too."""
-    runs = [sandbox.start("make", "run") for _ in range(12)]
-    message: list[str] = []
-    for run in runs:
-        _, errors = run.communicate(timeout=60)
-        message += [errors] if run.returncode else []
-    assert 1 <= len(message) < 12
-    assert all("is running in this folder: wait for its end" in each for each in message)
+def test_eight_runs_at_once(sandbox: Sandbox) -> None:
+    for run in [sandbox.start("make", "run") for _ in range(8)]:
+        assert run.communicate(timeout=60) == (RUNNING.format(sandbox), "")
     assert len(sandbox.processes()) == 1
-    (sandbox.clone / ".started.lock").symlink_to("123456789")  # of a process that was killed
-    assert "if it was killed, make clean" in sandbox.make("run").stderr
-    assert sandbox.make("clean").returncode == 0
+
+
+@pytest.mark.parametrize(("change", "folder"), BEFORE_CLEAN.items())
+def test_clean(sandbox: Sandbox, change: str, folder: str) -> None:
+    sandbox.run("sh", "-c", f"make run; {change}")
+    sandbox.clone = sandbox.folder / folder
+    assert sandbox.make("clean", PWD=str(sandbox.clone)).returncode == 0
+    assert [*sandbox.left(), *sandbox.clone.rglob(".venv"), *sandbox.clone.glob(".env")] == []
+
+
+def test_interrupted_run_leaves_nothing(sandbox: Sandbox) -> None:
+    run = sandbox.start("make", "run")
+    wait_until((sandbox.clone / ".started").exists, "the start of tier 01")
+    os.killpg(run.pid, signal.SIGINT)
+    assert "tier 01 is running" not in run.communicate(timeout=20)[0]
     assert sandbox.left() == []
 
 
-@pytest.mark.parametrize("waited_for", [".started.lock", ".started/pid"])
-def test_interrupted_run_leaves_nothing(sandbox: Sandbox, waited_for: str) -> None:
-    run = sandbox.start("make", "run")
-    path = sandbox.clone / waited_for
-    wait_until(lambda: path.is_symlink() or path.exists(), "the start of tier 01")
-    os.killpg(run.pid, signal.SIGINT)
-    run.communicate(timeout=20)
-    assert run.returncode != 0
-    wait_until(lambda: not sandbox.left(), "the end of what was started", 10)
+@pytest.mark.parametrize("message", WRONG)
+def test_says_what_to_do(sandbox: Sandbox, message: str) -> None:
+    sandbox.run("sh", "-c", WRONG[message])
+    *_, last, _ = sandbox.make("run").stderr.splitlines()  # and a line of make
+    assert message in last
+    assert sandbox.left() == []
 
 
-def test_leaves_what_it_has_not_made(served: Sandbox) -> None:
-    """That is a tier 01 that is already running, all of it, and an edited .env."""
-    message = "http://localhost:1/mcp is no protected MCP server (expected 401, got no response)"
-    assert_fails(served, message, MCP_URL="http://localhost:1/mcp")
+def test_what_others_have_made_is_left_alone(served: Sandbox) -> None:
+    """That is an edited .env, a tier 01, and a process with the number of a server that ended."""
+    other = served.start("sleep", "60")
     (served.clone / ".env").write_text("CLIENT_ID=mine\n")
-    message = f"tier 01 is running: {served.issuer} and {served.mcp_url}\n"
-    assert served.make("run").stdout == message
+    (served.clone / ".started").write_text(f"process {other.pid}\n")
+    assert served.make("run").stdout == RUNNING.format(served)
     assert served.make("clean").returncode == 0
-    assert status_of("POST", served.mcp_url) == 401
+    assert (status_of("POST", served.mcp_url), other.poll()) == (401, None)
     assert (served.clone / ".env").read_text() == "CLIENT_ID=mine\n"
+
+
+def test_installs_the_pinned_packages(served: Sandbox) -> None:
+    """It does so whatever pip is configured to do elsewhere."""
+    (served.clone / ".venv").unlink()
+    requirements = served.clone / "tests/requirements/agent.txt"
+    pinned = re.findall(r"(?ms)^(?:h11|idna)==.*?[^\\]$", requirements.read_text())
+    for count, printed in ((1, INSTALLING), (2, INSTALLING), (2, "")):
+        requirements.write_text("\n".join(pinned[:count]))
+        result = served.make("run", PIP_USER="1", PIP_TARGET="there", PYTHONHOME="/nowhere")
+        assert (result.stdout, result.stderr) == (printed + RUNNING.format(served), "")
+    installed = served.clone.glob(".venv/lib/*/*/*.dist-info")
+    assert {path.name.split("-")[0] for path in installed} == {"h11", "idna", "pip"}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_makes_an_environment_anew(sandbox: Sandbox, damage: str) -> None:
+    sandbox.make_tool("py", '[ "$2" = -c ] && [ -e ../newer ] && echo 3.99 || exec python3 "$@"')
+    (sandbox.clone / "tests/requirements/agent.txt").write_text("")
+    first = sandbox.run("sh", "-c", f"rm .venv; {INSTALL}; touch .venv/old; {INSTALL}")
+    second = sandbox.run("sh", "-c", f"{damage}; {INSTALL}; ls .venv/old")
+    assert (first.stdout, second.stdout) == (INSTALLING, INSTALLING)

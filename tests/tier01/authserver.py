@@ -21,10 +21,12 @@ ADMIN_KEY = os.environ.get("AUTHPLANE_ADMIN_API_KEY", "")
 TOKEN_SECONDS = int(os.environ.get("TOKEN_SECONDS") or 3600)
 METADATA = {  # RFC 8414 section 2, of what is served here
     "issuer": ISSUER,
+    "authorization_endpoint": f"{ISSUER}/oauth/authorize",  # some clients reject it without
     "token_endpoint": f"{ISSUER}/oauth/token",
     "jwks_uri": f"{ISSUER}/.well-known/jwks.json",
     "response_types_supported": [],
     "grant_types_supported": ["client_credentials"],
+    "stand_in": True,
 }
 KEY_ID = secrets.token_urlsafe()
 SIGNING_KEY = ECKey.generate_key("P-256", {"kid": KEY_ID, "use": "sig", "alg": "ES256"})

@@ -1,25 +1,22 @@
 """A protected MCP server like tier 01's: one tool behind `authplane-fastmcp`."""
 
-import asyncio
 import logging
 import os
-import warnings
+import sys
 from urllib.parse import urlsplit
 
 os.environ["FASTMCP_ENV_FILE"] = os.devnull  # else FastMCP reads ./.env, which is not its own
+logging.captureWarnings(True)  # a module that the SDK imports is deprecated
 
+from authplane import AuthplaneError
+from authplane_fastmcp import authplane_auth
 from fastmcp import FastMCP
 from fastmcp.server.auth import require_scopes
 from starlette.applications import Starlette
 
-with warnings.catch_warnings(record=True):  # the SDK imports authlib.jose, which is deprecated
-    from authplane import JWKSFetchError, MetadataFetchError
-    from authplane_fastmcp import authplane_auth
-
 NAME = os.environ.get("MCP_SERVER_NAME") or "demo-server"
 RESOURCE_URI = os.environ.get("RESOURCE_URI") or "http://localhost:8080/mcp"
 ISSUER = os.environ.get("AUTHPLANE_ISSUER") or "http://localhost:9000"
-SCOPE = os.environ.get("MCP_SCOPE") or "mcp:echo"
 
 
 def echo(text: str) -> str:
@@ -28,20 +25,13 @@ def echo(text: str) -> str:
 
 
 async def mcp_app() -> Starlette:
-    """Return the app, whose audience is RESOURCE_URI, once the authorization server responds."""
+    """Return the app, whose audience is RESOURCE_URI; exit if there is no authorization server."""
     path = urlsplit(RESOURCE_URI).path
     base_url = RESOURCE_URI.removesuffix(path)
-    logging.getLogger("authplane.internal.document_fetcher").disabled = True  # one line is enough
-    waiting = False
-    while True:
-        try:
-            auth = await authplane_auth(ISSUER, base_url, [SCOPE], mcp_path=path)
-            break
-        except (JWKSFetchError, MetadataFetchError) as error:
-            if not waiting:
-                print(f"waiting for the authorization server {ISSUER}: {error}", flush=True)
-            waiting = True
-            await asyncio.sleep(0.2)
+    try:
+        auth = await authplane_auth(ISSUER, base_url, ["mcp:echo"], mcp_path=path)
+    except AuthplaneError as error:
+        sys.exit(f"mcp_server.py: the authorization server {ISSUER}: {error}")
     server = FastMCP(NAME, auth=auth.auth)
-    server.tool(echo, auth=require_scopes(SCOPE))
+    server.tool(echo, auth=require_scopes("mcp:echo"))
     return server.http_app(path)

@@ -1,6 +1,5 @@
-"""Serve tier 01, or the part of it that the argument names, until SIGINT or SIGTERM."""
+"""Serve tier 01 until SIGINT or SIGTERM: both servers, or the one that the argument names."""
 
-import argparse
 import asyncio
 import contextlib
 import os
@@ -12,6 +11,7 @@ from collections.abc import Generator
 import uvicorn.config
 
 uvicorn.config.LOGGING_CONFIG["loggers"]["uvicorn.error"]["level"] = "WARNING"
+SERVERS = ["authserver", "mcp-server"]
 
 
 class Server(uvicorn.Server):
@@ -28,29 +28,28 @@ def listen(variable: str, default: str) -> socket.socket:
     try:
         listener = socket.create_server((host or "127.0.0.1", int(port)))
     except OSError as error:
-        sys.exit(f"serve.py: can't listen on {address}: {os.strerror(error.errno or 0)}")
+        sys.exit(f"can't listen on {address}: {os.strerror(error.errno or 0)}. Set another port in .env")
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio leaves ours as it is
     return listener
 
 
 async def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", nargs="?", choices=["authserver", "mcp-server"])
-    part = parser.parse_args().part
+    """Print a line for each server when it is ready. Raises SystemExit if one can't be."""
+    chosen = sys.argv[1:] or SERVERS
     async with asyncio.TaskGroup() as servers:
-        if part != "mcp-server":
+        if "authserver" in chosen:
             import authserver
 
             public = listen("AUTHPLANE_SERVER_ADDRESS", ":9000")
             admin = listen("AUTHPLANE_ADMIN_ADDRESS", ":9001")
-            servers.create_task(Server(uvicorn.Config(authserver.public)).serve([public]))
-            servers.create_task(Server(uvicorn.Config(authserver.admin)).serve([admin]))
+            for app, listener in ((authserver.public, public), (authserver.admin, admin)):
+                servers.create_task(Server(uvicorn.Config(app, lifespan="off")).serve([listener]))
             print(f"stand-in authorization server: issuer {authserver.ISSUER}, ready", flush=True)
-        if part != "authserver":
-            listener = listen("MCP_ADDRESS", ":8080")
+        if "mcp-server" in chosen:
             from mcp_server import NAME, RESOURCE_URI, mcp_app
 
             app = await mcp_app()
+            listener = listen("MCP_ADDRESS", ":8080")
             servers.create_task(Server(uvicorn.Config(app)).serve([listener]))
             print(f"MCP server {NAME}: audience {RESOURCE_URI}, ready", flush=True)
 
