@@ -42,7 +42,7 @@ lint: ## Check style, types and shell
 	@tests/.venv/bin/shellcheck -x verify.sh tests/harness/run.sh tests/harness/install.sh .ci/*
 
 lock: ## Pin the newest versions that pyproject.toml allows
-	@$(INSTALL) tests/.venv test
+	@$(INSTALL) tests/.venv lint
 	@$(PIN)agent.txt pyproject.toml --group platforms
 	@$(PIN)tier01.txt --group tier01 -c tests/requirements/agent.txt
 	@$(PIN)test.txt --group test -c tests/requirements/tier01.txt

@@ -54,7 +54,7 @@ async def main() -> None:
             with contextlib.suppress(httpx.HTTPError):
                 await http.delete(url, headers=headers | {"Mcp-Session-Id": session})
     match reply:
-        case {"id": 1, "result": {"serverInfo": {"name": name}}} if name == server:
+        case {"id": 1, "result": {"serverInfo": {"name": str(name)}}} if name == server:
             print(json.dumps(reply), "MCP initialize OK", sep="\n")
         case _:
             raise ValueError(f"no response of {server}: {json.dumps(reply)}")
@@ -70,5 +70,5 @@ if __name__ == "__main__":
     except httpx.RequestError as error:
         raise SystemExit(f"agent: {error.request.url}: {error!r}") from None
     except Exception as error:
-        cause = f" from {error.__cause__!r}" if error.__cause__ else ""
+        cause = f" from {type(error.__cause__).__name__}" if error.__cause__ else ""
         raise SystemExit(f"agent: {error!r}{cause}") from None

@@ -183,7 +183,7 @@ def test_a_token_that_no_header_can_have_is_not_shown(call: Call, token: str) ->
     ("name", "text"),
     [
         ("MCP_URL", "http://localhost:1: ConnectError("),
-        ("AUTHPLANE_ISSUER", " from ConnectError("),
+        ("AUTHPLANE_ISSUER", " from ConnectError\n"),
     ],
 )
 def test_nothing_listens(call: Call, name: str, text: str) -> None:

@@ -1,12 +1,10 @@
 """A protected MCP server like tier 01's: one tool behind `authplane-fastmcp`."""
 
-import logging
 import os
 import sys
 from urllib.parse import urlsplit
 
 os.environ["FASTMCP_ENV_FILE"] = os.devnull  # else FastMCP reads ./.env, which is not its own
-logging.captureWarnings(True)  # a module that the SDK imports is deprecated
 
 from authplane import AuthplaneError
 from authplane_fastmcp import authplane_auth

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -28,7 +29,8 @@ def listen(variable: str, default: str) -> socket.socket:
     try:
         listener = socket.create_server((host or "127.0.0.1", int(port)))
     except OSError as error:
-        sys.exit(f"can't listen on {address}: {os.strerror(error.errno or 0)}. Set another port in .env")
+        reason = os.strerror(error.errno or 0)
+        sys.exit(f"can't listen on {address}: {reason}. Set another port in .env")
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio leaves ours as it is
     return listener
 
@@ -57,4 +59,5 @@ async def main() -> None:
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):  # process 1 of a container has no default action
         signal.signal(number, lambda _number, _frame: os._exit(0))  # there is nothing to save
+    logging.captureWarnings(True)  # a module that the SDK imports is deprecated
     asyncio.run(main())
