@@ -58,12 +58,12 @@ clean_up() {
   exit "$result"
 }
 
-scope=mcp:echo network='' agent_pid='' deleted='' CLIENT_ID='' container=02-agent-$$-$RANDOM
+scope=mcp:echo network='' agent_pid='' deleted='' container=02-agent-$$-$RANDOM
 see_log="see the log of the authorization server"
-trap clean_up EXIT
-trap 'exit 143' QUIT TERM
 read_settings
-CLIENT_ID=''
+CLIENT_ID='' # that of .env is not ours
+trap clean_up EXIT
+trap 'exit 1' HUP INT QUIT TERM
 
 # The authorization server: where it is, and where the agent must run to reach it
 request_metadata "$AUTHSERVER_URL"
@@ -86,7 +86,8 @@ check "resource: registered" "201|409" "$status" \
 admin POST clients "$(jq -nc --arg scope "$scope" '{client_name: "demo-agent-client", scope: $scope,
   grant_types: ["client_credentials"], token_endpoint_auth_method: "client_secret_basic"}')"
 check "client: registered" 201 "$status" "$see_log"
-CLIENT_ID=$(json_field '.client_id | strings') CLIENT_SECRET=$(json_field '.client_secret | strings')
+CLIENT_ID=$(json_field '.client_id | strings')
+CLIENT_SECRET=$(json_field '.client_secret | strings') # not in one line: bash can't run a trap between two $(…)
 request_token "$CLIENT_SECRET" "$scope" "$RESOURCE_URI"
 check "token: issued" 200 "$actual" \
   "if the resource demo-mcp was there already (409) with another uri, or without the scope $scope: make clean, or change it"

@@ -2,7 +2,6 @@
 # What verify.sh and run.sh share: settings, requests, and where the agent runs. Sourced at the top of the repository.
 umask 077
 LC_ALL=C # a file or a response may have any bytes
-work=$(mktemp -d "${TMPDIR:-/tmp}/tier02.XXXXXX")
 
 # printable TEXT: prints at most 600 characters of it, without control characters, whoever wrote it.
 printable() {
@@ -17,7 +16,7 @@ fail() {
 }
 
 # read_settings: sets what .env.example names. The environment wins over .env, and .env over .env.example: the first that
-# sets a name. The files are read, not executed, and nothing is exported.
+# sets a name. The files are read, not executed, and nothing is exported. Also makes $work, a folder for requests.
 read_settings() {
   local file line name
   local pattern='^(export )?([A-Z][A-Z0-9_]*)=("([^"]*)"|'\''([^'\'']*)'\''|([^[:space:]#]*))'
@@ -37,6 +36,7 @@ read_settings() {
     [[ ${!name} =~ ^https?://[^/?#]+ ]] || fail "$name=${!name}: it must begin with http:// or https:// and a host"
   done
   AUTHSERVER_URL=${AUTHSERVER_URL%/} ADMIN_URL=${ADMIN_URL%/}
+  work=$(mktemp -d "${TMPDIR:-/tmp}/tier02.XXXXXX")
 }
 
 # is_local URL: true if its host is this machine.

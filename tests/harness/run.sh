@@ -3,9 +3,9 @@
 set -euo pipefail
 CDPATH='' cd "$(dirname "$0")/../.."
 . tests/harness/common.sh
-trap 'rm -rf "$work"' EXIT
 
 read_settings
+trap 'rm -rf "$work"' EXIT
 request_metadata "$AUTHSERVER_URL"
 if [ "$status" != 200 ]; then
   is_local "$AUTHSERVER_URL" || fail "no authorization server at $AUTHSERVER_URL ($status)"
