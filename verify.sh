@@ -67,7 +67,7 @@ trap 'exit 1' HUP INT QUIT TERM
 
 # The authorization server: where it is, and where the agent must run to reach it
 request_metadata "$AUTHSERVER_URL"
-check "discovery" 200 "$status" "no authorization server at $AUTHSERVER_URL: make run starts one"
+check "discovery" 200 "$status" "is there an authorization server at $AUTHSERVER_URL? make run starts one"
 issuer=$(json_field '.issuer | strings')
 find_runtime "$issuer"
 printf '  the agent runs %s\n' "$(printable "$runtime")"

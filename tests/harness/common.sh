@@ -53,9 +53,8 @@ request() {
   : >"$work/headers" >"$work/body"
   ! is_local "$url" || set -- "$@" --noproxy '*'
   status=$(trap '' HUP INT QUIT TERM && printf '%s\n' "$headers" | curl --disable --silent --show-error --max-time 10 \
-    --max-filesize 1000000 --dump-header "$work/headers" --output "$work/body" --write-out '\n%{http_code}' \
-    --request "$method" --header @- "$@" --globoff --url "$url" 2>&1) || status="no response, ${status%$'\n'000}"
-  status=${status#$'\n'}
+    --max-filesize 1000000 --dump-header "$work/headers" --output "$work/body" --write-out '%{http_code}' \
+    --request "$method" --header @- "$@" --globoff --url "$url" 2>&1) || status="no response, ${status%$'\n'*}"
 }
 
 # json_field FILTER: prints what the filter finds in the last response; exit 1 if that is not JSON.
@@ -110,5 +109,5 @@ run_agent() {
     export NO_PROXY='*' no_proxy='*'
     unset SSL_CERT_FILE SSL_CERT_DIR
   fi
-  exec .venv/bin/python agent.py
+  exec .venv/bin/python -I agent.py
 }

@@ -22,7 +22,7 @@ WRONG = {
     "run.sh: jq is missing: install it": "rm ../bin/jq",
     "no Python 3.12 or newer: install one": "rm tests/.venv; echo 'exit 1' >../bin/python3",
     "Set another port in .env": "echo ADMIN_URL=http://localhost:$AUTHSERVER_PORT >.env",
-    "no authorization server at http://no.invalid": "echo AUTHSERVER_URL=http://no.invalid >.env",
+    "no authorization server at AUTHSERVER_URL=http://no.invalid": "echo AUTHSERVER_URL=http://no.invalid >.env",
 }
 DAMAGE = {
     "its Python has gone": "rm .venv/bin/python",
