@@ -20,22 +20,13 @@ class Authserver(NamedTuple):
         return httpx.request(method, f"{self.admin_url}/admin/{path}", **options)
 
     def register_resource(self, slug: str, uri: str, scope: str) -> httpx.Response:
-        resource = {
-            "slug": slug,
-            "uri": uri,
-            "backend_kind": "mint",
-            "display_name": slug,
-            "scopes": [{"name": scope, "description": scope}],
-        }
-        return self.admin("POST", "resources", json=resource)
+        scopes = [{"name": scope, "description": scope}]
+        resource = {"slug": slug, "uri": uri, "backend_kind": "mint", "display_name": slug}
+        return self.admin("POST", "resources", json=resource | {"scopes": scopes})
 
     def register_client(self, scope: str = "mcp:echo") -> Credentials:
-        client = {
-            "client_name": "test",
-            "grant_types": ["client_credentials"],
-            "token_endpoint_auth_method": "client_secret_basic",
-            "scope": scope,
-        }
+        client = {"client_name": "test", "grant_types": ["client_credentials"], "scope": scope}
+        client["token_endpoint_auth_method"] = "client_secret_basic"
         view = self.admin("POST", "clients", json=client).json()
         return view["client_id"], view["client_secret"]
 

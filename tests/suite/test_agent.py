@@ -142,7 +142,10 @@ ERROR = json.dumps({"id": 1, "error": {"code": -32602, "message": HOSTILE}})
 FAILURES: dict[str, tuple[Response, str]] = {
     "401": (http_response("401 No", www_authenticate="Bearer x"), "('HTTP 401: Bearer x')"),
     "307": (http_response("307 No", location="/mcp2"), "('HTTP 307: /mcp2')"),
-    "421": (http_response("421 No", f"Bad Host{HOSTILE}" * 999), r"('HTTP 421: Bad Host\x1b[2J\x9b"),
+    "421": (
+        http_response("421 No", f"Bad Host{HOSTILE}" * 999),
+        r"('HTTP 421: Bad Host\x1b[2J\x9b",
+    ),
     "HTML": (http_response("200 OK", "<html>"), "JSONDecodeError('Expecting value: line 1"),
     "JSON-RPC error": (http_response("200 OK", ERROR), 'no response of demo-server: {"id": 1, "er'),
     "another server": (http_response("200 OK", OTHER_SERVER), '{"name": "other-server"}'),

@@ -9,14 +9,13 @@ import pytest
 from joserfc import jwt
 from joserfc.jwk import KeySet
 
-from authserver_client import ADMIN_KEY, PLAIN, Authserver, Credentials, status_of
+from authserver_client import PLAIN, Authserver, Credentials, status_of
 from conftest import authserver_image
-from sandbox import Sandbox, wait_until
+from sandbox import TIER01, wait_until
 
 METADATA = "/.well-known/oauth-authorization-server"
 KEYS = "/.well-known/jwks.json"
 URI = "http://localhost:8080/contract"
-CALLS = [("POST", "resources"), ("POST", "clients"), ("DELETE", "clients/a")]
 
 
 @pytest.fixture(scope="module", params=["stand-in", "authserver"])
@@ -26,24 +25,12 @@ def authserver(request: pytest.FixtureRequest) -> Authserver:
         sandbox = request.getfixturevalue("servers")
     else:
         sandbox = request.getfixturevalue("engine")
-        run_container(sandbox, authserver_image(sandbox))
+        authserver_image(sandbox)
+        issuer = f"--env=AUTHPLANE_SERVER_ISSUER={sandbox.issuer}"
+        sandbox.docker(*TIER01, "run", "--detach", "--service-ports", issuer, "authserver")
         wait_until(lambda: status_of("GET", sandbox.issuer + METADATA) == 200, "the authserver")
     sandbox.authserver.register_resource("contract", URI, "mcp:echo")
     return sandbox.authserver
-
-
-def run_container(sandbox: Sandbox, image: str) -> None:
-    """Run an authserver as its image starts by itself, at the sandbox's ports."""
-    options = [
-        f"--env=AUTHPLANE_SERVER_ISSUER={sandbox.issuer}",
-        "--env=AUTHPLANE_SERVER_ADDRESS=0.0.0.0:9000",
-        "--env=AUTHPLANE_ADMIN_ADDRESS=0.0.0.0:9001",
-        f"--env=AUTHPLANE_ADMIN_API_KEY={ADMIN_KEY}",
-        "--env=AUTHPLANE_CLIENT_CREDENTIALS_ENABLED=true",
-        f"--publish=127.0.0.1:{sandbox.ports[0]}:9000",
-        f"--publish=127.0.0.1:{sandbox.ports[1]}:9001",
-    ]
-    sandbox.docker("run", "--detach", "--rm", "--name", sandbox.name, *options, image)
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +52,14 @@ def verified_claims(authserver: Authserver, response: httpx.Response) -> dict[st
 
 
 def test_metadata_and_keys(authserver: Authserver) -> None:
-    metadata, issuer = get(authserver, METADATA), authserver.url
-    urls = {"token_endpoint": f"{issuer}/oauth/token", "jwks_uri": f"{issuer}{KEYS}"}
-    assert metadata.items() >= (urls | {"issuer": issuer}).items()
+    issuer = authserver.url
+    expected = {
+        "issuer": issuer,
+        "authorization_endpoint": f"{issuer}/oauth/authorize",
+        "token_endpoint": f"{issuer}/oauth/token",
+        "jwks_uri": issuer + KEYS,
+    }
+    assert get(authserver, METADATA).items() >= expected.items()
     for key in get(authserver, KEYS)["keys"]:
         assert "d" not in key  # the private part
 
@@ -85,40 +77,33 @@ def test_access_token(authserver: Authserver, client: Credentials) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "expected", "older"),  # older: what an older authserver may do instead
+    ("change", "expected"),
     [
-        ({"grant_type": "password"}, (400, "unsupported_grant_type"), None),
-        ({"id": "wrong"}, (401, "invalid_client"), None),
-        ({"secret": "wrong"}, (401, "invalid_client"), None),
-        ({"scope": "mcp:echo mcp:other"}, (400, "invalid_scope"), None),
-        ({"scope": "mcp:undeclared"}, (400, "invalid_scope"), (200, None)),  # 0.1.1
-        ({"resource": f"{URI}/"}, (400, "invalid_target"), (400, "invalid_scope")),  # 0.2.1
+        ({"grant_type": "password"}, ["400 unsupported_grant_type"]),
+        ({"id": "wrong"}, ["401 invalid_client"]),
+        ({"secret": "wrong"}, ["401 invalid_client"]),
+        ({"scope": "mcp:echo mcp:other"}, ["400 invalid_scope"]),
+        ({"scope": "mcp:undeclared"}, ["400 invalid_scope", "200 None"]),  # 0.1.1
+        ({"resource": f"{URI}/"}, ["400 invalid_target", "400 invalid_scope"]),  # 0.2.1 and older
     ],
 )
 def test_token_request_is_rejected(
-    authserver: Authserver,
-    servers: Sandbox,
-    client: Credentials,
-    form: dict[str, str],
-    expected: object,
-    older: object,
+    authserver: Authserver, client: Credentials, change: dict[str, str], expected: list[str]
 ) -> None:
-    sent = {"id": client[0], "secret": client[1], "resource": URI} | form
-    credentials = sent.pop("id"), sent.pop("secret")
-    response = authserver.request_token(credentials, **sent)
+    """The stand-in responds as the newest does, an authserver as one of them."""
+    form = {"id": client[0], "secret": client[1], "resource": URI} | change
+    response = authserver.request_token((form.pop("id"), form.pop("secret")), **form)
     body = response.json()
-    result = (response.status_code, body.get("error"))
-    is_stand_in = authserver == servers.authserver
-    assert result == expected or (result == older and not is_stand_in)
-    assert result[0] == 200 or body["error_description"]
+    if "stand_in" in get(authserver, METADATA):
+        expected = expected[:1]
+    assert f"{response.status_code} {body.get('error')}" in expected
+    assert response.is_success or body["error_description"]
 
 
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong-admin-key-0123456789"}])
-@pytest.mark.parametrize(("method", "path"), CALLS)
-def test_admin_key_is_required(
-    authserver: Authserver, headers: dict[str, str], method: str, path: str
-) -> None:
-    assert authserver.admin(method, path, headers=headers).status_code == 401
+def test_admin_key_is_required(authserver: Authserver, headers: dict[str, str]) -> None:
+    for method, path in (("POST", "resources"), ("POST", "clients"), ("DELETE", "clients/a")):
+        assert authserver.admin(method, path, headers=headers).status_code == 401
 
 
 def test_resource(authserver: Authserver) -> None:
@@ -135,7 +120,5 @@ def test_client(authserver: Authserver) -> None:
     assert authserver.request_token(client).status_code == 200
     path = f"clients/{client[0]}"
     assert authserver.admin("DELETE", path).status_code == 409  # it has a live token
-    assert authserver.request_token(client).status_code == 200
     assert authserver.admin("DELETE", f"{path}?force=true").status_code == 204
     assert authserver.request_token(client).status_code == 401
-    assert client[0] not in authserver.clients()

@@ -22,14 +22,12 @@ WRONG = {
     "run.sh: jq is missing: install it": "rm ../bin/jq",
     "no Python 3.12 or newer: install one": "rm tests/.venv; echo 'exit 1' >../bin/python3",
     "Set another port in .env": "echo ADMIN_URL=http://localhost:$AUTHSERVER_PORT >.env",
-    "no authorization server at AUTHSERVER_URL=http://no.invalid": "echo AUTHSERVER_URL=http://no.invalid >.env",
+    "AUTHSERVER_URL=http://no.invalid (no response": "echo AUTHSERVER_URL=http://no.invalid >.env",
 }
-DAMAGE = {
-    "its Python has gone": "rm .venv/bin/python",
-    "its Python was upgraded": "mv .venv/lib/python3* .venv/lib/python3.1",
-    "it is half-made": "rm -r .venv/lib",
-    "it is not PY": "touch ../newer",
-}
+DAMAGE = [
+    "mv .venv/lib/python3* .venv/lib/python3.1",  # as after an upgrade of Python
+    "touch ../newer",  # PY is another one
+]
 
 
 def test_run_starts_a_stand_in(sandbox: Sandbox) -> None:
@@ -103,10 +101,10 @@ def test_installs_the_pinned_packages(served: Sandbox) -> None:
     assert {path.name.split("-")[0] for path in installed} == {"h11", "idna", "pip"}
 
 
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_makes_an_environment_anew(sandbox: Sandbox, damage: str) -> None:
+def test_makes_an_environment_anew(sandbox: Sandbox) -> None:
     sandbox.make_tool("py", '[ "$2" = -c ] && [ -e ../newer ] && echo 3.99 || exec python3 "$@"')
     (sandbox.clone / "tests/requirements/agent.txt").write_text("")
-    first = sandbox.run("sh", "-c", f"rm .venv; {INSTALL}; touch .venv/old; {INSTALL}")
-    second = sandbox.run("sh", "-c", f"{damage}; {INSTALL}; ls .venv/old")
-    assert (first.stdout, second.stdout) == (INSTALLING, INSTALLING)
+    sandbox.run("sh", "-c", f"rm .venv; {INSTALL}")
+    assert sandbox.run("sh", "-c", INSTALL).stdout == ""
+    for damage in DAMAGE:
+        assert sandbox.run("sh", "-c", f"{damage}; {INSTALL}").stdout == INSTALLING
