@@ -88,8 +88,8 @@ find_runtime() {
   network='' runtime="on this host: the issuer is $1"
   [ -n "$1" ] || fail "the metadata at $AUTHSERVER_URL has no issuer: is it an authorization server?"
   request_metadata "$1"
-  # a company's proxy can have a page for every name
-  if [ "$status" = 200 ] && [ "$(json_field '.issuer | strings')" = "$1" ]; then return; fi
+  # a company's proxy can have a page for every name, which need not be JSON
+  if [ "$status" = 200 ] && [ "$(json_field '.issuer | strings' 2>/dev/null)" = "$1" ]; then return; fi
   network=$(docker ps --filter "publish=${AUTHSERVER_URL##*:}" --format '{{.Networks}}' 2>/dev/null) || network=''
   runtime="in network $network: the issuer $1 is not reachable from this host"
   [ -n "$network" ] || fail "the issuer $1 is not reachable from this host, and no container has the port of $AUTHSERVER_URL"

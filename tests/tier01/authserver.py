@@ -155,7 +155,7 @@ async def create_client(request: Request) -> Response:
 async def delete_client(request: Request) -> Response:
     client = clients.get(request.path_params["id"])
     if not client:
-        return Response(status_code=404)
+        return Response(status_code=400)
     if client.tokens_expire > time.time() and request.query_params.get("force") != "true":
         return Response("the client has active tokens: use force=true", 409)
     del clients[client.client_id]
