@@ -98,6 +98,9 @@ CASES = {
     "audience": Case("[OTHER_RESOURCE]", "[]", FAILED, "401 Unauthorized|an error response"),
     "tool's scope": Case("mcp:echo", "mcp:other", "Unknown tool: 'echo'", FAILED),
     "tool's error": Case('{"text": text}', "{}", "1 validation error for call[echo]", FAILED),
+    "other server": Case(
+        "(OTHER_URL", '("http://localhost:1"', FAILED, "connection attempts failed"
+    ),
     "silence": Case("(OTHER_URL", '("SILENT"', FAILED, "'relay' execution timed out"),
 }
 
