@@ -13,6 +13,5 @@ COPY --from=dependencies /app/.venv .venv
 COPY agent.py ./
 # A clone may be readable by its owner only, and COPY keeps that.
 RUN chmod 0644 agent.py
-ENV PYTHONUNBUFFERED=1
 USER 65532:65532
 ENTRYPOINT [".venv/bin/python", "agent.py"]

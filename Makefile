@@ -3,7 +3,7 @@ SHELL := /bin/bash
 INSTALL := bash tests/harness/install.sh
 COUNT := grep -cvE '^ *(\#|$$)'
 PIN = UV_CUSTOM_COMPILE_COMMAND='make lock' tests/.venv/bin/uv pip compile --quiet --universal --upgrade \
-  --generate-hashes --python-version 3.12 --output-file tests/requirements/
+  --generate-hashes --python-version 3.12
 export PY
 export LC_ALL := C
 .DEFAULT_GOAL := help
@@ -43,15 +43,15 @@ lint: ## Check style, types and shell
 
 lock: ## Pin the newest versions that pyproject.toml allows
 	@$(INSTALL) tests/.venv lint
-	@$(PIN)agent.txt pyproject.toml --group platforms
-	@$(PIN)tier01.txt --group tier01 -c tests/requirements/agent.txt
-	@$(PIN)test.txt --group test -c tests/requirements/tier01.txt
-	@$(PIN)lint.txt --group lint -c tests/requirements/tier01.txt -c tests/requirements/test.txt
+	@$(PIN) --output-file tests/requirements/agent.txt pyproject.toml --group platforms
+	@$(PIN) --output-file tests/requirements/tier01.txt --group tier01 -c tests/requirements/agent.txt
+	@$(PIN) --output-file tests/requirements/test.txt --group test -c tests/requirements/tier01.txt
+	@$(PIN) --output-file tests/requirements/lint.txt --group lint -c tests/requirements/tier01.txt -c tests/requirements/test.txt
 
 clean: ## Stop and remove what `make run` has started and made
-	@if [ -e .started ]; then python3 tests/tier01/background.py stop; fi
+	@if [ -e .started ]; then tests/.venv/bin/python -I tests/tier01/background.py stop; fi
 	@if docker image inspect "$${COMPOSE_PROJECT_NAME:-02-calling-another-resource}-agent" >/dev/null 2>&1; then \
-	  docker compose --env-file /dev/null --profile manual down --rmi local; fi
+	  docker compose --env-file /dev/null down --rmi local; fi
 	@rm -rf .venv tests/.venv .pytest_cache .ruff_cache
 	@find . -name __pycache__ -prune -exec rm -rf {} +
 	@if cmp -s .env .env.example; then rm .env; fi

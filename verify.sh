@@ -46,9 +46,11 @@ clean_up() {
   if [ -n "$agent_pid" ]; then
     kill "$agent_pid" 2>/dev/null
     wait "$agent_pid" 2>/dev/null
-    [ -z "$network" ] || docker rm --force "$container" >/dev/null 2>&1
+    if [ -n "$network" ]; then docker rm --force "$container" >/dev/null 2>&1; fi
   fi
-  [ -n "$CLIENT_ID" ] || CLIENT_ID=$(jq -r '.client_id | strings' "$work/body" 2>/dev/null) # of the last request
+  if [ -z "$CLIENT_ID" ]; then # perhaps the last request has registered it
+    CLIENT_ID=$(jq -r '.client_id | strings' "$work/body" 2>/dev/null)
+  fi
   if [ -n "$CLIENT_ID" ]; then
     delete_client # 400 or 404: it is deleted already
     [[ $status =~ ^(204|400|404)$ ]] ||
@@ -58,10 +60,14 @@ clean_up() {
   exit "$result"
 }
 
-scope=mcp:echo network='' agent_pid='' container=02-agent-$$-$RANDOM
-see_log="see the log of the authorization server"
 read_settings
 CLIENT_ID='' # that of .env is not ours
+scope=mcp:echo
+network=''
+agent_pid=''
+container=02-agent-$$-$RANDOM
+see_log="see the log of the authorization server"
+work=$(mktemp -d "${TMPDIR:-/tmp}/tier02.XXXXXX")
 trap clean_up EXIT
 trap 'exit 1' HUP INT QUIT TERM
 

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # What verify.sh and run.sh share: settings, requests, and where the agent runs. Sourced at the top of the repository.
 umask 077
-LC_ALL=C # a file or a response may have any bytes
+export LC_ALL=C # a file or a response may have any bytes
 
 # printable TEXT: prints at most 600 characters of it, without control characters, whoever wrote it.
 printable() {
@@ -16,16 +16,16 @@ fail() {
 }
 
 # read_settings: sets what .env.example names. The environment wins over .env, and .env over .env.example: the first that
-# sets a name. The files are read, not executed, and nothing is exported. Also makes $work, a folder for requests.
+# sets a name. The files are read, not executed, and nothing is exported.
 read_settings() {
   local file line name
-  local pattern='^(export )?([A-Z][A-Z0-9_]*)=("([^"]*)"|'\''([^'\'']*)'\''|([^[:space:]#]*))'
+  local pattern='^(export )?([A-Z][A-Z0-9_]*)=("([^"]*)"|'\''([^'\'']*)'\''|([^[:space:]]*))'
   for file in .env .env.example; do
     [ -f "$file" ] || continue
     while IFS= read -r line || [ -n "$line" ]; do
       [[ ${line#$'\xef\xbb\xbf'} =~ $pattern ]] || continue # it can begin with a byte order mark
       name=${BASH_REMATCH[2]}
-      [ -n "${!name+set}" ] || printf -v "$name" '%s' "${BASH_REMATCH[4]}${BASH_REMATCH[5]}${BASH_REMATCH[6]}"
+      if [ -z "${!name+set}" ]; then printf -v "$name" '%s' "${BASH_REMATCH[4]}${BASH_REMATCH[5]}${BASH_REMATCH[6]}"; fi
     done <"$file"
   done
   export -n AUTHPLANE_ADMIN_API_KEY
@@ -36,7 +36,6 @@ read_settings() {
     [[ ${!name} =~ ^https?://[^/?#]+ ]] || fail "$name=${!name}: it must begin with http:// or https:// and a host"
   done
   AUTHSERVER_URL=${AUTHSERVER_URL%/} ADMIN_URL=${ADMIN_URL%/}
-  work=$(mktemp -d "${TMPDIR:-/tmp}/tier02.XXXXXX")
 }
 
 # is_local URL: true if its host is this machine.
@@ -51,10 +50,10 @@ request() {
   url=$2
   shift 3
   : >"$work/headers" >"$work/body"
-  ! is_local "$url" || set -- "$@" --noproxy '*'
+  if is_local "$url"; then set -- "$@" --noproxy '*'; fi
   status=$(trap '' HUP INT QUIT TERM && printf '%s\n' "$headers" | curl --disable --silent --show-error --max-time 10 \
     --max-filesize 1000000 --dump-header "$work/headers" --output "$work/body" --write-out '%{http_code}' \
-    --request "$method" --header @- "$@" --globoff --url "$url" 2>&1) || status="no response, ${status%$'\n'*}"
+    --request "$method" --header @- "$@" --globoff --url "$url" 2>&1) || status="no response, "${status%$'\n'*}
 }
 
 # json_field FILTER: prints what the filter finds in the last response; exit 1 if that is not JSON.
@@ -71,14 +70,13 @@ request_metadata() {
 call_mcp() {
   local challenge word headers="Accept: application/json, text/event-stream
 Content-Type: application/json"
-  [ -z "$1" ] || headers+="
-Authorization: Bearer $1"
+  if [ -n "$1" ]; then headers+=$'\n'"Authorization: Bearer $1"; fi
   request POST "$MCP_URL" "$headers" --data '{"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {"protocolVersion":
     "2025-11-25", "capabilities": {}, "clientInfo": {"name": "demo-agent", "version": "0.1.0"}}}'
   actual=$status
   challenge=$(grep -is '^www-authenticate:' "$work/headers" | tr '[:upper:]' '[:lower:]') || challenge=''
   for word in bearer invalid_token resource_metadata; do
-    [[ $challenge != *"$word"* ]] || actual+=" $word"
+    if [[ $challenge = *"$word"* ]]; then actual+=" $word"; fi
   done
 }
 
@@ -99,10 +97,10 @@ find_runtime() {
 # it.
 run_agent() {
   export AUTHPLANE_ISSUER=$1 CLIENT_ID CLIENT_SECRET RESOURCE_URI MCP_URL MCP_SERVER_NAME AUTHPLANE_DEV_MODE
-  [[ $1 = http://* ]] || AUTHPLANE_DEV_MODE='' # which is for plain http; .env.example has it
+  if [[ $1 = https://* ]]; then AUTHPLANE_DEV_MODE=''; fi # it is for plain http, and .env.example has it
   if [ -n "$network" ]; then
     export TIER01_NETWORK=$network
-    exec docker compose --env-file /dev/null --profile manual run --rm --no-TTY --name "$2" agent
+    exec docker compose --env-file /dev/null run --rm --no-TTY --name "$2" agent
   fi
   if is_local "$1" && is_local "$MCP_URL"; then
     # whatever proxy and certificates are configured

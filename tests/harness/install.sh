@@ -2,7 +2,9 @@
 # install.sh FOLDER NAME: installs tests/requirements/NAME.txt into the virtual environment FOLDER. One that is half-made,
 # whose Python was upgraded or is gone, or is not PY, is made anew. With -I, Python ignores what is set for other programs.
 set -euo pipefail
-folder=$1 requirements=tests/requirements/$2.txt installed=$1/installed-$2.txt
+folder=$1
+requirements=tests/requirements/$2.txt
+installed=$1/installed-$2.txt
 
 # version_of PYTHON: prints its version, such as 3.12; fails if there is no such Python, or one that is too old.
 version_of() {
@@ -18,8 +20,12 @@ usable() {
 if usable; then
   if cmp -s "$requirements" "$installed"; then exit; fi
 else
-  for python in ${PY:-python3.14 python3.13 python3.12 python3} ''; do
-    if version_of "$python" >/dev/null; then break; fi
+  python=''
+  for candidate in ${PY:-python3.14 python3.13 python3.12 python3}; do
+    if version_of "$candidate" >/dev/null; then
+      python=$candidate
+      break
+    fi
   done
   if [ -z "$python" ]; then
     echo "install.sh: no Python 3.12 or newer: install one, or name it, for example make PY=python3.13" >&2

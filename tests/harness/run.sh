@@ -5,6 +5,7 @@ CDPATH='' cd "$(dirname "$0")/../.."
 . tests/harness/common.sh
 
 read_settings
+work=$(mktemp -d "${TMPDIR:-/tmp}/tier02.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 request_metadata "$AUTHSERVER_URL"
 if is_local "$AUTHSERVER_URL" && [[ $status =~ curl:\ \((7|28)\) ]]; then # nothing is listening there, or it is silent
@@ -21,7 +22,7 @@ find_runtime "$(json_field '.issuer | strings')"
 if [ -z "$network" ]; then
   bash tests/harness/install.sh .venv agent
 else
-  docker compose --env-file /dev/null --profile manual build --quiet
+  docker compose --env-file /dev/null build --quiet
 fi
 call_mcp ''
 [ "$status" = 401 ] || fail "$MCP_URL is no protected MCP server (expected 401, got $status): correct MCP_URL (no trailing slash)"

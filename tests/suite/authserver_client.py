@@ -46,9 +46,9 @@ class Authserver(NamedTuple):
         return self.request_token(credentials, **form).json()["access_token"]
 
 
-def status_of(method: str, url: str) -> int:
+def status_of(url: str) -> int:
     """Return the HTTP status, 0 when nothing responds."""
     try:
-        return httpx.request(method, url, **PLAIN).status_code
+        return httpx.get(url, **PLAIN).status_code
     except httpx.TransportError:
         return 0

@@ -31,11 +31,11 @@ OTHER_SERVER = REPLY.replace("demo-server", "other-server")
 
 
 @pytest.fixture
-def call(fake: StartFake, sandbox: Sandbox) -> Call:
+def call(start_fake: StartFake, sandbox: Sandbox) -> Call:
     """Run the program with a fake that is both servers; return the requests to it, too."""
 
     def run(changed: dict[str, Response], program: str = AGENT, **settings: str) -> Ended:
-        server = fake(lambda request: responses[f"{request.method} {request.path}"])
+        server = start_fake(lambda request: responses[f"{request.method} {request.path}"])
         url = server.url
         metadata = {"issuer": url, "token_endpoint": f"{url}/token", "jwks_uri": f"{url}/jwks"}
         responses = {
@@ -91,8 +91,10 @@ def test_what_it_sends(call: Call) -> None:
     assert "mcp-protocol-version" not in post.headers | delete.headers
 
 
-def test_without_the_marked_lines_it_needs_one_setting(fake: StartFake, sandbox: Sandbox) -> None:
-    server = fake(lambda _: http_response("200 OK", REPLY))
+def test_without_the_marked_lines_it_needs_one_setting(
+    start_fake: StartFake, sandbox: Sandbox
+) -> None:
+    server = start_fake(lambda _: http_response("200 OK", REPLY))
     assert_accepts(sandbox.run(sys.executable, "-c", PLAIN, MCP_URL=server.url))
     [post] = server.requests
     assert "authorization" not in post.headers
@@ -161,17 +163,16 @@ def test_the_mcp_server_fails(call: Call, reply: Response, text: str) -> None:
     assert_fails(result, text)
 
 
-@pytest.mark.parametrize("request_line", [METADATA, "POST /token"])
-def test_the_authorization_server_is_silent(call: Call, request_line: str) -> None:
-    result, _ = call({request_line: None}, HASTY)
+def test_the_authorization_server_is_silent(call: Call) -> None:
+    result, _ = call({"POST /token": None}, HASTY)
     assert_fails(result, "agent: TimeoutError\n")
 
 
-@pytest.mark.parametrize("code", ["invalid_client", "invalid_scope", "invalid_target"])
-def test_the_authorization_server_rejects_the_request(call: Call, code: str) -> None:
-    error = {"error": code, "error_description": f"{code}\r\n{HOSTILE}"}
-    result, _ = call({"POST /token": http_response("400 No", json.dumps(error))})
-    assert_fails(result, rf"{code}\r\n\x1b[2J\x9b\u202e')")
+def test_the_authorization_server_rejects_the_request(call: Call) -> None:
+    error = {"error": "invalid_client", "error_description": f"wrong secret\r\n{HOSTILE}"}
+    result, _ = call({"POST /token": http_response("401 No", json.dumps(error))})
+    assert_fails(result, "agent: InvalidClientError(")
+    assert_fails(result, r"wrong secret\r\n\x1b[2J\x9b\u202e')")
 
 
 @pytest.mark.parametrize("token", ["a secret\ntoken", "a secret t\xf6ken"])

@@ -28,7 +28,7 @@ def authserver(request: pytest.FixtureRequest) -> Authserver:
         authserver_image(sandbox)
         issuer = f"--env=AUTHPLANE_SERVER_ISSUER={sandbox.issuer}"
         sandbox.docker(*TIER01, "run", "--detach", "--service-ports", issuer, "authserver")
-        wait_until(lambda: status_of("GET", sandbox.issuer + METADATA) == 200, "the authserver")
+        wait_until(lambda: status_of(sandbox.issuer + METADATA) == 200, "the authserver")
     sandbox.authserver.register_resource("contract", URI, "mcp:echo")
     return sandbox.authserver
 
@@ -115,7 +115,6 @@ def test_resource(authserver: Authserver) -> None:
 def test_client(authserver: Authserver) -> None:
     client, newer = authserver.register_client(), authserver.register_client()  # of one name
     assert authserver.clients()[:2] == [newer[0], client[0]]
-    assert authserver.admin("GET", "clients").json()[0]["name"] == "test"
     assert all(re.fullmatch("[A-Za-z0-9_-]+", value) for value in client)
     assert authserver.request_token(client).status_code == 200
     path = f"clients/{client[0]}"

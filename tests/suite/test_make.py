@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 
 import pytest
 
@@ -61,48 +60,52 @@ def test_clean(sandbox: Sandbox, change: str, folder: str) -> None:
     assert [*sandbox.left(), *sandbox.clone.rglob(".venv"), *sandbox.clone.glob(".env")] == []
 
 
-def test_interrupted_run_leaves_nothing(sandbox: Sandbox) -> None:
+@pytest.mark.parametrize("end", ["kill -INT -- -$0", "make clean"])
+def test_a_run_that_is_ended_leaves_nothing(sandbox: Sandbox, end: str) -> None:
     run = sandbox.start("make", "run")
     wait_until((sandbox.clone / ".started").exists, "the start of tier 01")
-    os.killpg(run.pid, signal.SIGINT)
-    assert "tier 01 is running" not in run.communicate(timeout=20)[0]
+    sandbox.run("bash", "-c", end, str(run.pid))
+    output, errors = run.communicate(timeout=20)
+    assert "tier 01 is running" not in output
+    assert "Traceback" not in errors
     assert sandbox.left() == []
 
 
 @pytest.mark.parametrize("message", WRONG)
 def test_says_what_to_do(sandbox: Sandbox, message: str) -> None:
     sandbox.run("sh", "-c", WRONG[message])
-    *_, last, _ = sandbox.make("run").stderr.splitlines()  # and a line of make
-    assert message in last
+    assert message in sandbox.make("run").stderr
     assert sandbox.left() == []
 
 
-def test_what_others_have_made_is_left_alone(served: Sandbox) -> None:
+def test_what_others_have_made_is_left_alone(beside_servers: Sandbox) -> None:
     """That is an edited .env, a tier 01, and a process with the number of a server that ended."""
-    other = served.start("sleep", "60")
-    (served.clone / ".env").write_text("CLIENT_ID=mine\n")
-    (served.clone / ".started").write_text(f"process {other.pid}\n")
-    assert served.make("run").stdout == RUNNING.format(served)
-    assert served.make("clean").returncode == 0
-    assert (status_of("POST", served.mcp_url), other.poll()) == (401, None)
-    assert (served.clone / ".env").read_text() == "CLIENT_ID=mine\n"
+    other = beside_servers.start("sleep", "60")
+    (beside_servers.clone / ".env").write_text("CLIENT_ID=mine\n")
+    (beside_servers.clone / ".started").write_text(f"process {other.pid}\n")
+    assert beside_servers.make("run").stdout == RUNNING.format(beside_servers)
+    assert beside_servers.make("clean").returncode == 0
+    assert status_of(beside_servers.mcp_url) == 401
+    assert other.poll() is None
+    assert (beside_servers.clone / ".env").read_text() == "CLIENT_ID=mine\n"
 
 
-def test_installs_the_pinned_packages(served: Sandbox) -> None:
+def test_installs_the_pinned_packages(beside_servers: Sandbox) -> None:
     """It does so whatever pip is configured to do elsewhere."""
-    (served.clone / ".venv").unlink()
-    requirements = served.clone / "tests/requirements/agent.txt"
+    (beside_servers.clone / ".venv").unlink()
+    requirements = beside_servers.clone / "tests/requirements/agent.txt"
     pinned = re.findall(r"(?ms)^(?:h11|idna)==.*?[^\\]$", requirements.read_text())
     for count, printed in ((1, INSTALLING), (2, INSTALLING), (2, "")):
         requirements.write_text("\n".join(pinned[:count]))
-        result = served.make("run", PIP_USER="1", PIP_TARGET="there", PYTHONHOME="/nowhere")
-        assert (result.stdout, result.stderr) == (printed + RUNNING.format(served), "")
-    installed = served.clone.glob(".venv/lib/*/*/*.dist-info")
+        result = beside_servers.make("run", PIP_USER="1", PIP_TARGET="there", PYTHONHOME="/nowhere")
+        assert (result.stdout, result.stderr) == (printed + RUNNING.format(beside_servers), "")
+    installed = beside_servers.clone.glob(".venv/lib/*/*/*.dist-info")
     assert {path.name.split("-")[0] for path in installed} == {"h11", "idna", "pip"}
 
 
 def test_makes_an_environment_anew(sandbox: Sandbox) -> None:
-    sandbox.make_tool("py", '[ "$2" = -c ] && [ -e ../newer ] && echo 3.99 || exec python3 "$@"')
+    newer = 'if [ "$2" = -c ] && [ -e ../newer ]; then echo 3.99; else exec python3 "$@"; fi'
+    sandbox.make_tool("py", newer)
     (sandbox.clone / "tests/requirements/agent.txt").write_text("")
     sandbox.run("sh", "-c", f"rm .venv; {INSTALL}")
     assert sandbox.run("sh", "-c", INSTALL).stdout == ""

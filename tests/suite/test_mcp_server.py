@@ -17,15 +17,6 @@ from sandbox import Sandbox
 
 
 @pytest.mark.anyio
-async def test_tool_needs_the_scope(servers: Sandbox) -> None:
-    for scope, tools in {"mcp:echo": ["echo"], "mcp:other": []}.items():
-        client = servers.authserver.register_client(scope)
-        token = servers.authserver.token(client, resource=servers.mcp_url)
-        async with Client(servers.mcp_url, auth=token) as mcp:
-            assert [tool.name for tool in await mcp.list_tools()] == tools
-
-
-@pytest.mark.anyio
 async def test_the_mcp_sdks_provider(servers: Sandbox, credentials: Credentials) -> None:
     """It gets a token from the stand-in, too."""
     url, storage = servers.mcp_url, TokenStorageAdapter(MemoryStore(), servers.mcp_url)
@@ -40,7 +31,8 @@ def test_expired_token(sandbox: Sandbox) -> None:
     token = sandbox.authserver.token(sandbox.authserver.register_client(), resource=sandbox.mcp_url)
     time.sleep(2)
     rejected = httpx.post(sandbox.mcp_url, headers={"Authorization": f"Bearer {token}"}, **PLAIN)
-    assert (rejected.status_code, "invalid_token" in rejected.text) == (401, True)
+    assert rejected.status_code == 401
+    assert "invalid_token" in rejected.text
 
 
 def test_ends_without_an_authorization_server(sandbox: Sandbox) -> None:
@@ -59,4 +51,4 @@ def test_listens_on_loopback_until_a_signal(sandbox: Sandbox, number: int) -> No
         unfinished.sendall(b"POST /oauth/token HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n")
         time.sleep(0.2)  # time to begin with the request
         server.send_signal(number)
-        assert server.wait(1.5) == 0  # a handler has ended it: process 1 has no default action
+        assert server.wait(5) == -number  # uvicorn waits for no request

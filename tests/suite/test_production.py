@@ -6,7 +6,7 @@ from pathlib import Path
 
 import trustme
 
-from conftest import NewSandbox, skip
+from conftest import NewSandbox, skip_or_fail
 from sandbox import Sandbox
 
 # when unshare ends, so does all that was started there
@@ -19,7 +19,7 @@ def test_production(new_sandbox: NewSandbox) -> None:
     """Run the one below in a network of its own, where this machine has that address."""
     sandbox = new_sandbox("unshare")
     if sys.platform != "linux" or sandbox.run(*NAMESPACE, "sh", "-c", "true").returncode != 0:
-        skip("there is no network namespace")
+        skip_or_fail("there is no network namespace")
     options = ["-n0", "-o", "python_functions=production"]
     result = sandbox.run(*NAMESPACE, sys.executable, "-m", "pytest", *options, __file__)
     assert result.returncode == 0, result.stdout
@@ -57,13 +57,16 @@ def use_tls(sandbox: Sandbox) -> None:
         network.link("set", index=1, state="up")
         network.addr("add", index=1, address=ADDRESS, prefixlen=32)
     program = sandbox.clone / "tests/tier01/serve.py"
-    for server, config in {"authserver": 'app, lifespan="off"', "mcp-server": "app"}.items():
+    for server, argument in {
+        "authserver": 'lifespan="off"',
+        "mcp-server": "await mcp_app()",
+    }.items():
         authority = trustme.CA()
         authority.cert_pem.write_to_path(sandbox.clone / f"authority of {server}.pem")
         authority.cert_pem.write_to_path(sandbox.clone / "authorities.pem", append=True)
         certificate = authority.issue_cert(ADDRESS, "localhost")
         certificate.private_key_and_cert_chain_pem.write_to_path(sandbox.clone / f"{server}.pem")
-        edit(program, f"Config({config})", f'Config({config}, ssl_certfile="{server}.pem")')
+        edit(program, argument, f'{argument}, ssl_certfile="{server}.pem"')
     public, admin, mcp = sandbox.ports
     sandbox.issuer = f"https://{ADDRESS}:{public}"
     sandbox.mcp_url = f"https://{ADDRESS}:{mcp}/mcp"

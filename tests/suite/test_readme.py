@@ -86,7 +86,7 @@ def test_in_your_server(
     sandbox.make_tool("pip", 'exec python -m pip "$@" --dry-run')
     install, commands = blocks(section("In your server"), "sh")
     [program] = blocks(section("In your server"), "python")
-    serve, call = commands.replace("8081", str(sandbox.ports[2])).splitlines()
+    serve, call_tool = commands.replace("8081", str(sandbox.ports[2])).splitlines()
     settings = agent_settings | {
         "OTHER_MCP_URL": servers.mcp_url,
         "OTHER_RESOURCE_URI": servers.mcp_url,
@@ -95,8 +95,8 @@ def test_in_your_server(
     assert sandbox.run("bash", "-c", install).returncode == 0
     (sandbox.clone / "relay_server.py").write_text(program)
     sandbox.start("bash", "-c", f"exec {serve} >{sandbox.log} 2>&1", **settings)
-    wait_until(lambda: status_of("GET", sandbox.mcp_url), f"the server, {sandbox.log}")
-    assert "hello" in sandbox.run("bash", "-c", call).stdout
+    wait_until(lambda: status_of(sandbox.mcp_url), f"the server, {sandbox.log}")
+    assert "hello" in sandbox.run("bash", "-c", call_tool).stdout
 
 
 def test_step_by_step(sandbox: Sandbox) -> None:

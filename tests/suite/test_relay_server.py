@@ -38,11 +38,11 @@ def start(relay: Sandbox, tier01: Sandbox, program: str) -> bool:
     }
     python = os.environ.get("RELAY_PYTHON", PYTHON)  # that of another FastMCP
     server = relay.start_logged(python, "-c", program, **settings)
-    wait_until(lambda: server.poll() or status_of("GET", relay.mcp_url), f"relay: {relay.log}")
+    wait_until(lambda: server.poll() or status_of(relay.mcp_url), f"relay: {relay.log}")
     return server.poll() is None
 
 
-async def call(relay: Sandbox) -> str:
+async def call_tool(relay: Sandbox) -> str:
     """Call the tool; return the first line of what the caller sees."""
     async with Client(relay.mcp_url, timeout=60) as client:
         result = await client.call_tool("relay", {"text": "hello"}, raise_on_error=False)
@@ -55,11 +55,11 @@ async def test_a_new_token_after_expiry(sandbox: Sandbox, new_sandbox: NewSandbo
     tier01.authserver.register_resource("demo-mcp", tier01.mcp_url, "mcp:echo")
     start(sandbox, tier01, PROGRAM)
     for _ in range(2):
-        assert await call(sandbox) == "hello"
+        assert await call_tool(sandbox) == "hello"
         await asyncio.sleep(1.1)
     assert tier01.log.read_text().count('"POST /oauth/token') == 2
     tier01.authserver.delete_client(tier01.authserver.clients()[0])
-    assert await call(sandbox) == FAILED
+    assert await call_tool(sandbox) == FAILED
     assert "InvalidClientError" in sandbox.log.read_text()
 
 
@@ -70,12 +70,12 @@ async def test_the_authorization_server_becomes_silent(new_sandbox: NewSandbox) 
     tier01.authserver.register_resource("demo-mcp", tier01.mcp_url, "mcp:echo")
     start(cached, tier01, PROGRAM)
     start(uncached, tier01, HASTY)
-    assert {await call(cached) for _ in range(21)} == {"hello"}
+    assert {await call_tool(cached) for _ in range(21)} == {"hello"}
     assert tier01.log.read_text().count('"POST /oauth/token') == 1
     authserver.send_signal(signal.SIGSTOP)
-    assert await call(cached) == "hello"
-    assert await asyncio.gather(*[call(uncached) for _ in range(5)]) == [TIMED_OUT] * 5
-    assert await call(uncached) == FAILED
+    assert await call_tool(cached) == "hello"
+    assert await asyncio.gather(*[call_tool(uncached) for _ in range(5)]) == [TIMED_OUT] * 5
+    assert await call_tool(uncached) == FAILED
     assert "CircuitOpenError" in uncached.log.read_text()
 
 
@@ -106,11 +106,13 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-async def test_failures(sandbox: Sandbox, servers: Sandbox, fake: StartFake, case: Case) -> None:
+async def test_failures(
+    sandbox: Sandbox, servers: Sandbox, start_fake: StartFake, case: Case
+) -> None:
     servers.authserver.register_resource("other", servers.mcp_url, "mcp:other")
-    program = HASTY.replace(case.old, case.new).replace("SILENT", fake(lambda _: None).url)
+    program = HASTY.replace(case.old, case.new).replace("SILENT", start_fake(lambda _: None).url)
     seen = ""
     if start(sandbox, servers, program):
-        seen = await call(sandbox)
+        seen = await call_tool(sandbox)
     assert seen == case.seen
     assert re.search(case.log, sandbox.log.read_text())

@@ -36,7 +36,6 @@ KEY_SET = {"keys": [SIGNING_KEY.as_dict(private=False)]}  # RFC 7517 section 5
 class Resource(BaseModel, extra="forbid"):
     """A registered protected resource, the `resource` of RFC 8707."""
 
-    id: str = Field(default_factory=secrets.token_urlsafe)
     slug: str
     uri: str
     backend_kind: Literal["mint"]
@@ -141,9 +140,8 @@ async def create_resource(request: Request) -> Response:
 
 
 async def list_clients(_: Request) -> Response:
-    """Return all clients, newest first; the names of the members differ from registration's."""
-    newest_first = reversed(clients.values())
-    return JSONResponse([{"id": one.client_id, "name": one.client_name} for one in newest_first])
+    """Return the ids of all clients, newest first."""
+    return JSONResponse([{"id": client_id} for client_id in reversed(clients)])
 
 
 async def create_client(request: Request) -> Response:

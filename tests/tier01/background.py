@@ -53,19 +53,19 @@ def start() -> None:
     with LOG.open("a") as log:
         if not is_running(log):
             log.truncate(0)
-            server = subprocess.Popen(
+            subprocess.Popen(
                 [sys.executable, Path(__file__).with_name("serve.py")],
                 env=settings(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                preexec_fn=lambda: print("process", os.getpid(), file=log, flush=True),
             )
-            print(f"process {server.pid}", file=log, flush=True)
     running = True
     while running and not interrupted and LOG.read_text().count(", ready\n") < 2:
         time.sleep(0.05)
-        with LOG.open("a") as log:
+        with LOG.open() as log:
             running = is_running(log)
     if interrupted:
         stop()
