@@ -12,7 +12,6 @@ RUNNING = "tier 01 is running: {0.issuer} (a stand-in: see Run it in README.md) 
 INSTALLING = "installing tests/requirements/agent.txt into .venv\n"
 INSTALL = "PY=py bash tests/harness/install.sh .venv agent"
 BEFORE_CLEAN = {  # and the folder in which it is run
-    "kill -KILL $(sed -n 's/^process //p' .started)": "clone",
     "kill -STOP $(sed -n 's/^process //p' .started)": "clone",
     "mv ../clone ../moved": "moved",
     "ln -s clone ../link": "link",

@@ -91,8 +91,6 @@ class Case(NamedTuple):
 CASES = {
     "no server": Case("(ISSUER", '("http://localhost:1"', "", "MetadataFetchError: .* failed"),
     "no response": Case("(ISSUER", '("SILENT"', "", "MetadataFetchError: Failed to fetch .*: \n"),
-    "another issuer": Case('ISSUER"]', 'ISSUER"] + "/"', "", "MetadataFetchError: .* mismatch"),
-    "http": Case(TWO_SECONDS, "None, dev_mode=False", "", "MetadataFetchError: .* must use HTTPS"),
     "resource": Case("[OTHER_RESOURCE]", '["http://a"]', FAILED, "InvalidTargetError"),
     "scope": Case("mcp:echo", "mcp:a", FAILED, "InvalidScopeError"),
     "audience": Case("[OTHER_RESOURCE]", "[]", FAILED, "401 Unauthorized|an error response"),
