@@ -61,8 +61,8 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    logging.getLogger("authplane").addHandler(logging.NullHandler())  # it raises what it logs
-    logging.captureWarnings(True)  # a module that it imports is deprecated
+    logging.getLogger("authplane").addHandler(logging.NullHandler())  # the SDK raises what it logs
+    logging.captureWarnings(True)  # the SDK imports a deprecated module
     try:
         asyncio.run(asyncio.wait_for(main(), timeout=30))
     except (TimeoutError, UnicodeError, httpx.LocalProtocolError) as error:
