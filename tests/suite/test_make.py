@@ -19,8 +19,9 @@ BEFORE_CLEAN = {  # and the folder in which it is run
 WRONG = {
     "run.sh: jq is missing: install it": "rm ../bin/jq",
     "no Python 3.12 or newer: install one": "rm tests/.venv; echo 'exit 1' >../bin/python3",
+    "its own words": "cd ../bin; rm curl; echo 'echo its own words; exit 1' >curl; chmod +x curl",
     "Set another port in .env": "echo ADMIN_URL=http://localhost:$AUTHSERVER_PORT >.env",
-    "AUTHSERVER_URL=http://no.invalid (no response": "echo AUTHSERVER_URL=http://no.invalid >.env",
+    "AUTHSERVER_URL=http://127.0.0.2:1 (no": "echo AUTHSERVER_URL=http://127.0.0.2:1 >.env",
 }
 DAMAGE = [
     "mv .venv/lib/python3* .venv/lib/python3.1",  # as after an upgrade of Python
@@ -83,6 +84,8 @@ def test_what_others_have_made_is_left_alone(beside_servers: Sandbox) -> None:
     (beside_servers.clone / ".env").write_text("CLIENT_ID=mine\n")
     (beside_servers.clone / ".started").write_text(f"process {other.pid}\n")
     assert beside_servers.make("run").stdout == RUNNING.format(beside_servers)
+    wrong = beside_servers.make("run", MCP_URL="http://localhost:1/mcp")
+    assert "http://localhost:1/mcp is no protected MCP server" in wrong.stderr
     assert beside_servers.make("clean").returncode == 0
     assert status_of(beside_servers.mcp_url) == 401
     assert other.poll() is None
