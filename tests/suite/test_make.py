@@ -16,10 +16,11 @@ BEFORE_CLEAN = {  # and the folder in which it is run
     "mv ../clone ../moved": "moved",
     "ln -s clone ../link": "link",
 }
+BROKEN_CURL = """echo 'echo "curl: (23) full"; exit 1'"""
 WRONG = {
     "run.sh: jq is missing: install it": "rm ../bin/jq",
     "no Python 3.12 or newer: install one": "rm tests/.venv; echo 'exit 1' >../bin/python3",
-    "its own words": "cd ../bin; rm curl; echo 'echo its own words; exit 1' >curl; chmod +x curl",
+    "curl: (23) full": f"rm ../bin/curl; {BROKEN_CURL} >../bin/curl; chmod +x ../bin/curl",
     "Set another port in .env": "echo ADMIN_URL=http://localhost:$AUTHSERVER_PORT >.env",
     "AUTHSERVER_URL=http://127.0.0.2:1 (no": "echo AUTHSERVER_URL=http://127.0.0.2:1 >.env",
 }
