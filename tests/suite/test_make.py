@@ -94,13 +94,14 @@ def test_what_others_have_made_is_left_alone(beside_servers: Sandbox) -> None:
 
 
 def test_installs_the_pinned_packages(beside_servers: Sandbox) -> None:
-    """It does so whatever pip is configured to do elsewhere."""
+    """It does so whatever pip, Python and the locale are configured to do elsewhere."""
+    elsewhere = {"PIP_USER": "1", "PIP_TARGET": "there", "PYTHONHOME": "/nowhere", "LC_ALL": "none"}
     (beside_servers.clone / ".venv").unlink()
     requirements = beside_servers.clone / "tests/requirements/agent.txt"
     pinned = re.findall(r"(?ms)^(?:h11|idna)==.*?[^\\]$", requirements.read_text())
     for count, printed in ((1, INSTALLING), (2, INSTALLING), (2, "")):
         requirements.write_text("\n".join(pinned[:count]))
-        result = beside_servers.make("run", PIP_USER="1", PIP_TARGET="there", PYTHONHOME="/nowhere")
+        result = beside_servers.make("run", **elsewhere)
         assert (result.stdout, result.stderr) == (printed + RUNNING.format(beside_servers), "")
     installed = beside_servers.clone.glob(".venv/lib/*/*/*.dist-info")
     assert {path.name.split("-")[0] for path in installed} == {"h11", "idna", "pip"}
