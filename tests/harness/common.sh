@@ -52,7 +52,7 @@ request() {
   : >"$work/headers" >"$work/body"
   if is_local "$url"; then set -- "$@" --noproxy '*'; fi
   status=$(trap '' HUP INT QUIT TERM && printf '%s\n' "$headers" | curl --disable --silent --show-error --max-time 10 \
-    --max-filesize 1000000 --dump-header "$work/headers" --output "$work/body" --write-out '%{http_code}' \
+    --dump-header "$work/headers" --output "$work/body" --write-out '%{http_code}' \
     --request "$method" --header @- "$@" --globoff --url "$url" 2>&1) || status="no response, "${status%$'\n'*}
 }
 

@@ -93,7 +93,6 @@ WRONG: dict[str, dict[str, Change]] = {
         "no token: rejected: expected 401 bearer resource_metadata, got 200: ": when(b"", ACCEPTED),
         "got 401 bearer: ": replacing(b"resource_metadata", b"resource_megadata"),
         "got no response, curl: (28) ": when(b"", None),
-        "got no response, curl: (63) ": when(b"", http_response("200 OK", "x" * 2**20)),
         "agent: accepted: expected": replacing(b"demo-server", b"my_server_1"),
         "tampered token: rejected: ": when(rb"Bearer .*AAAA\r", ACCEPTED),
         "different audience: rejected: ": when(rb"Bearer .*[^A].{0,9}\r", ACCEPTED),  # not tampered
@@ -156,9 +155,8 @@ def test_the_client_stays(
     assert message.format(client) in result.stderr
 
 
-@pytest.mark.parametrize("tool", ["curl", "jq"])
-def test_says_why_a_tool_fails(beside_servers: Sandbox, tool: str) -> None:
-    beside_servers.make_tool(tool, "echo its own words >&2; exit 23")
+def test_says_why_jq_fails(beside_servers: Sandbox) -> None:
+    beside_servers.make_tool("jq", "echo its own words >&2; exit 2")
     assert "its own words" in beside_servers.verify().stderr
 
 
