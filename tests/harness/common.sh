@@ -103,8 +103,8 @@ run_agent() {
     exec docker compose --env-file /dev/null run --rm --no-TTY --name "$2" agent
   fi
   if is_local "$1" && is_local "$MCP_URL"; then
-    # whatever proxy and certificates are configured
-    export NO_PROXY='*' no_proxy='*'
+    # whatever proxy and certificates are configured; Python prefers lower case
+    export no_proxy='*'
     unset SSL_CERT_FILE SSL_CERT_DIR
   fi
   exec .venv/bin/python -I agent.py
