@@ -14,6 +14,36 @@ PARAMS = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": CLI
 INITIALIZE = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": PARAMS}
 
 
+async def main() -> None:
+    """Print the response; raise an exception unless it is that of the expected server."""
+    url = environ["MCP_URL"]
+    expected = environ.get("MCP_SERVER_NAME") or "demo-server"
+    headers = {"Accept": "application/json, text/event-stream"}
+    # authplane:begin
+    # all that authentication adds, up to the other mark: `make diff` shows and counts it
+    from authplane import ASCredentials, AuthplaneClient
+
+    credentials = ASCredentials(environ["CLIENT_ID"], environ["CLIENT_SECRET"])
+    authplane = await AuthplaneClient.create(environ["AUTHPLANE_ISSUER"], auth=credentials)
+    async with contextlib.aclosing(authplane):
+        token = await authplane.client_credentials(
+            scopes=["mcp:echo"], resources=[environ["RESOURCE_URI"]]
+        )
+    headers["Authorization"] = f"Bearer {token.access_token}"
+    # authplane:end
+    async with httpx.AsyncClient(timeout=10) as http:
+        async with http.stream("POST", url, json=INITIALIZE, headers=headers) as response:
+            reply = await read_reply(response)
+        if session := response.headers.get("Mcp-Session-Id"):
+            with contextlib.suppress(httpx.HTTPError):
+                await http.delete(url, headers=headers | {"Mcp-Session-Id": session})
+    match reply:
+        case {"id": 1, "result": {"serverInfo": {"name": str(name)}}} if name == expected:
+            print(json.dumps(reply), "MCP initialize OK", sep="\n")
+        case _:
+            raise ValueError(f"no response of {expected}: {json.dumps(reply)}")
+
+
 async def read_reply(response: httpx.Response) -> object:
     """Return the JSON-RPC response: the body, or the data of an event in a stream (SSE)."""
     if response.status_code != 200:
@@ -26,38 +56,12 @@ async def read_reply(response: httpx.Response) -> object:
     async for chunk in response.aiter_bytes():
         *events, stream = re.split(rb"\r\n\r\n|\n\n|\r\r", stream + chunk)  # at blank lines
         for event in events:
-            data = [line[5:] for line in event.splitlines() if line.startswith(b"data:")]
-            match json.loads(b"".join(data).strip() or b"null"):
-                case {"id": 1, "result": _} | {"id": 1, "error": _} as reply:
+            data = b"".join(line[5:] for line in event.splitlines() if line.startswith(b"data:"))
+            if data.lstrip().startswith(b"{"):  # a ping, for example, can be no JSON object
+                reply = json.loads(data)
+                if reply.get("id") == 1 and ("result" in reply or "error" in reply):
                     return reply
     raise ValueError("the stream ended without a response")
-
-
-async def main() -> None:
-    """Print the response; raise an exception unless it is that of the expected server."""
-    url = environ["MCP_URL"]
-    server = environ.get("MCP_SERVER_NAME") or "demo-server"
-    headers = {"Accept": "application/json, text/event-stream"}
-    # authplane:begin
-    from authplane import ASCredentials, AuthplaneClient
-
-    issuer, resource = environ["AUTHPLANE_ISSUER"], environ["RESOURCE_URI"]
-    auth = ASCredentials(environ["CLIENT_ID"], environ["CLIENT_SECRET"])
-    async with contextlib.aclosing(await AuthplaneClient.create(issuer, auth=auth)) as client:
-        token = await client.client_credentials(scopes=["mcp:echo"], resources=[resource])
-    headers["Authorization"] = f"Bearer {token.access_token}"
-    # authplane:end
-    async with httpx.AsyncClient(timeout=10) as http:
-        async with http.stream("POST", url, json=INITIALIZE, headers=headers) as response:
-            reply = await read_reply(response)
-        if session := response.headers.get("Mcp-Session-Id"):
-            with contextlib.suppress(httpx.HTTPError):
-                await http.delete(url, headers=headers | {"Mcp-Session-Id": session})
-    match reply:
-        case {"id": 1, "result": {"serverInfo": {"name": str(name)}}} if name == server:
-            print(json.dumps(reply), "MCP initialize OK", sep="\n")
-        case _:
-            raise ValueError(f"no response of {server}: {json.dumps(reply)}")
 
 
 if __name__ == "__main__":
