@@ -14,17 +14,17 @@ help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
 
 run: .env ## Prepare the agent; start a stand-in for tier 01 unless a tier 01 is running
-	@bash tests/harness/run.sh
+	@bash tests/harness/start.sh
 
 verify: run ## Run the agent; check what is accepted and what is rejected
 	@bash verify.sh
 
 diff: ## Show what authentication adds to the same client without it
 	@total=$$($(COUNT) agent.py); \
-	  auth=$$(sed -n '/# authplane:begin/,/# authplane:end/p' agent.py | $(COUNT)); \
+	  auth=$$(sed -n '/# authplane:begin/,/# authplane:end/p' agent.py | grep -v ' import ' | $(COUNT)); \
 	  sdk=$$(sed -n 's/^dependencies = \["\(authplane-sdk\)\([^"]*\).*/\1 \2/p' pyproject.toml); \
 	  echo "Auth-specific code: $$auth lines · Total example: $$total lines · SDK: $$sdk"
-	@sed '/# authplane:begin/,/# authplane:end/d' agent.py | diff -U0 - agent.py | tail -n +3
+	@sed '/# authplane:begin/,/# authplane:end/d' agent.py | diff -U3 - agent.py | tail -n +3
 
 test: ## Run all tests
 	@$(INSTALL) .venv agent
@@ -39,7 +39,7 @@ lint: ## Check style, types and shell
 	@tests/.venv/bin/ruff check
 	@tests/.venv/bin/ruff format --check
 	@tests/.venv/bin/pyright
-	@tests/.venv/bin/shellcheck -x verify.sh tests/harness/run.sh tests/harness/install.sh .ci/*
+	@tests/.venv/bin/shellcheck -x verify.sh tests/harness/start.sh tests/harness/install.sh .ci/*
 
 lock: ## Pin the newest versions that pyproject.toml allows
 	@$(INSTALL) tests/.venv lint
@@ -49,9 +49,11 @@ lock: ## Pin the newest versions that pyproject.toml allows
 	@$(PIN) --output-file tests/requirements/lint.txt --group lint -c tests/requirements/tier01.txt -c tests/requirements/test.txt
 
 clean: ## Stop and remove what `make run` has started and made
-	@if [ -e .started ]; then tests/.venv/bin/python -I tests/tier01/background.py stop; fi
-	@if docker image inspect "$${COMPOSE_PROJECT_NAME:-02-calling-another-resource}-agent" >/dev/null 2>&1; then \
-	  docker compose --env-file /dev/null down --rmi local; fi
+	@for python in tests/.venv/bin/python $(PY) python3; do \
+	  if [ -e .started ]; then $$python -I tests/tier01/background.py stop; fi; \
+	done
+	@image=$$(docker compose --env-file /dev/null config --images 2>/dev/null); \
+	  if docker image inspect "$$image" >/dev/null 2>&1; then docker compose --env-file /dev/null down --rmi local; fi
 	@rm -rf .venv tests/.venv .pytest_cache .ruff_cache
 	@find . -name __pycache__ -prune -exec rm -rf {} +
 	@if cmp -s .env .env.example; then rm .env; fi

@@ -36,6 +36,6 @@ else
 fi
 
 echo "installing $requirements into $folder"
-unset PIP_DRY_RUN PIP_PREFIX PIP_ROOT PIP_TARGET
+unset PIP_CONSTRAINT PIP_DRY_RUN PIP_PREFIX PIP_ROOT PIP_TARGET
 PIP_USER=0 "$folder/bin/python" -I -m pip install --quiet --disable-pip-version-check --no-compile -r "$requirements"
 cp "$requirements" "$installed"

@@ -2,13 +2,18 @@
 # Starts a stand-in for tier 01, unless a tier 01 is running, and prepares the agent.
 set -euo pipefail
 CDPATH='' cd "$(dirname "$0")/../.."
-. tests/harness/common.sh
+. tests/harness/settings.sh
+. tests/harness/requests.sh
+. tests/harness/agent.sh
 
 read_settings
+check_settings
 work=$(mktemp -d "${TMPDIR:-/tmp}/tier02.XXXXXX")
 trap 'rm -rf "$work"' EXIT
+trap 'exit 1' HUP INT QUIT TERM
+
 request_metadata "$AUTHSERVER_URL"
-if is_local "$AUTHSERVER_URL" && [[ $status =~ curl:\ \((7|28)\) ]]; then # nothing is listening there, or it is silent
+if is_local "$AUTHSERVER_URL" && [ "$status" = "no response" ]; then
   bash tests/harness/install.sh tests/.venv tier01
   (
     export AUTHSERVER_URL ADMIN_URL MCP_URL AUTHPLANE_ADMIN_API_KEY RESOURCE_URI MCP_SERVER_NAME
@@ -16,14 +21,19 @@ if is_local "$AUTHSERVER_URL" && [[ $status =~ curl:\ \((7|28)\) ]]; then # noth
   )
   request_metadata "$AUTHSERVER_URL"
 fi
-[ "$status" = 200 ] || fail "no authorization server at AUTHSERVER_URL=$AUTHSERVER_URL ($status)"
-what=$(json_field 'if .stand_in then " (a stand-in: see Run it in README.md)" else "" end')
-find_runtime "$(json_field '.issuer | strings')"
+[ "$status" = 200 ] || fail "no authorization server at AUTHSERVER_URL=$AUTHSERVER_URL ($status${curl_error:+, $curl_error})"
+issuer=$(json_field issuer)
+description=$AUTHSERVER_URL
+if is_stand_in; then description+=" (a stand-in: see Run it in README.md)"; fi
+
+find_network "$issuer"
 if [ -z "$network" ]; then
   bash tests/harness/install.sh .venv agent
 else
   docker compose --env-file /dev/null build --quiet
 fi
-call_mcp ''
-[ "$status" = 401 ] || fail "$MCP_URL is no protected MCP server (expected 401, got $status): correct MCP_URL (no trailing slash)"
-echo "tier 01 is running: $AUTHSERVER_URL$what and $MCP_URL"
+
+request_mcp ''
+[ "$status" = 401 ] ||
+  fail "$MCP_URL is no protected MCP server (expected 401, got $status): start it, or correct MCP_URL (no trailing slash)"
+echo "tier 01 is running: $description and $MCP_URL"

@@ -1,0 +1,57 @@
+# shellcheck shell=bash
+# Settings, and how a script says that it fails. Sourced at the top of the repository by verify.sh and start.sh.
+umask 077
+set +o noclobber # SHELLOPTS of the environment can have it
+export LC_ALL=C  # a file or a response may have any bytes
+
+# printable TEXT: prints at most 900 characters of it, without control characters, whoever wrote it.
+printable() {
+  local text=${1:0:900}
+  printf '%s' "${text//[![:print:]]/?}"
+}
+
+# fail MESSAGE: prints one line on standard error; exit 1.
+fail() {
+  printf '%s: %s\n' "${0##*/}" "$(printable "$1")" >&2
+  exit 1
+}
+
+# read_settings: sets what .env.example names. The environment wins over .env, and .env over .env.example: the first that
+# sets a name. The files are read, not executed, and nothing is exported.
+read_settings() {
+  local file line name value
+  for file in .env .env.example; do
+    [ -f "$file" ] || continue
+    while IFS= read -r line || [ -n "$line" ]; do
+      line=${line#$'\xef\xbb\xbf'} # a byte order mark
+      line=${line%$'\r'}
+      [[ $line =~ ^(export )?([A-Z][A-Z0-9_]*)=(.*)$ ]] || continue
+      name=${BASH_REMATCH[2]}
+      value=${BASH_REMATCH[3]}
+      case $value in
+        \"*) value=${value#\"} value=${value%%\"*} ;;
+        \'*) value=${value#\'} value=${value%%\'*} ;;
+        *) value=${value%%[[:space:]]*} ;;
+      esac
+      if [ -z "${!name+set}" ]; then printf -v "$name" '%s' "$value"; fi
+    done <"$file"
+  done
+  AUTHSERVER_URL=${AUTHSERVER_URL%/}
+  ADMIN_URL=${ADMIN_URL%/}
+  export -n AUTHPLANE_ADMIN_API_KEY # the agent doesn't need it
+}
+
+# check_settings: fails if a tool is missing, or a setting is not the URL that it must be.
+check_settings() {
+  local name
+  for name in curl jq; do
+    "$name" --version >/dev/null 2>&1 || fail "$name is missing: install it, for example with apt-get or brew install $name"
+  done
+  for name in AUTHSERVER_URL ADMIN_URL MCP_URL RESOURCE_URI; do
+    [[ ${!name} =~ ^https?://[^/?#[:space:]\"]+[^[:space:]\"]*$ ]] ||
+      fail "$name=${!name}: it must begin with http:// or https:// and a host"
+  done
+}
+
+# is_local URL: true if its host is this machine.
+is_local() { [[ $1 =~ ^https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]+)?(/.*)?$ ]]; }
