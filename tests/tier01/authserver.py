@@ -9,14 +9,14 @@ from urllib.parse import parse_qsl
 
 from joserfc import jwt
 from joserfc.jwk import ECKey
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 from starlette.applications import Starlette
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-ISSUER = os.environ.get("AUTHPLANE_SERVER_ISSUER") or "http://localhost:9000"
+ISSUER = os.environ["AUTHPLANE_SERVER_ISSUER"]
 ADMIN_KEY = os.environ.get("AUTHPLANE_ADMIN_API_KEY", "")
 TOKEN_SECONDS = int(os.environ.get("TOKEN_SECONDS") or 3600)
 METADATA = {  # RFC 8414 section 2, of what is served here
@@ -37,7 +37,7 @@ class Resource(BaseModel, extra="forbid"):
     """A registered protected resource, the `resource` of RFC 8707."""
 
     slug: str
-    uri: str
+    uri: str = Field(pattern="^https?://[^/]")
     backend_kind: Literal["mint"]
     display_name: str
     scopes: list[dict[Literal["name", "description"], str]]
@@ -124,11 +124,16 @@ def access_token(client: Client, audience: str, scope: str) -> str:
 
 
 async def check_admin_key(request: Request, call_next: RequestResponseEndpoint) -> Response:
-    """Reject requests without the admin API key; an empty one can't be sent."""
+    """Reject requests without the admin API key. If none is configured, that is all of them."""
     sent = request.headers.get("Authorization", "").encode("latin-1")
     if secrets.compare_digest(sent, f"Bearer {ADMIN_KEY}".encode()):
         return await call_next(request)
     return JSONResponse({"error": "unauthorized"}, 401, {"WWW-Authenticate": "Bearer"})
+
+
+async def invalid(_: Request, error: Exception) -> Response:
+    """Return what is wrong with the JSON of a request."""
+    return JSONResponse({"detail": str(error)}, 400)
 
 
 async def create_resource(request: Request) -> Response:
@@ -173,6 +178,7 @@ admin = Starlette(
         Route("/admin/clients", list_clients),
         Route("/admin/clients", create_client, methods=["POST"]),
         Route("/admin/clients/{id}", delete_client, methods=["DELETE"]),
-    ]
+    ],
+    exception_handlers={ValidationError: invalid},
 )
 admin.add_middleware(BaseHTTPMiddleware, dispatch=check_admin_key)

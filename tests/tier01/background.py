@@ -1,7 +1,8 @@
 """Run serve.py in the background: `start` returns when it is ready, `stop` when it has ended.
 
-The file that has its log is locked as long as it runs. So no other process is taken for it, and
-one that has ended leaves nothing to clear.
+The file LOG is the log of serve.py, which inherits the lock of this file with its standard output.
+The kernel frees the lock when serve.py ends, however it ends. So no other process is taken for it,
+and one that has ended leaves nothing to clear.
 """
 
 import os
@@ -17,16 +18,23 @@ from typing import IO
 from urllib.parse import urlsplit
 
 LOG = Path(__file__).parents[2] / ".started"
+PASSED_ON = (
+    "AUTHPLANE_ADMIN_API_KEY",
+    "RESOURCE_URI",
+    "MCP_SERVER_NAME",
+    "TOKEN_SECONDS",
+    "HOME",
+    "LD_LIBRARY_PATH",  # of a Python that isn't the system's
+)
 
 
-def settings() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Return the environment of serve.py: no proxy, since all calls are on this host."""
 
     def address(name: str) -> str:
         return f":{urlsplit(os.environ[name]).port or 80}"
 
-    own = ("AUTHPLANE_ADMIN_API_KEY", "RESOURCE_URI", "MCP_SERVER_NAME", "TOKEN_SECONDS")
-    return {name: os.environ[name] for name in own if name in os.environ} | {
+    return {name: os.environ[name] for name in PASSED_ON if name in os.environ} | {
         "AUTHPLANE_SERVER_ISSUER": os.environ["AUTHSERVER_URL"],
         "AUTHPLANE_SERVER_ADDRESS": address("AUTHSERVER_URL"),
         "AUTHPLANE_ADMIN_ADDRESS": address("ADMIN_URL"),
@@ -37,56 +45,61 @@ def settings() -> dict[str, str]:
     }
 
 
-def is_running(log: IO[str]) -> bool:
-    """Return whether serve.py holds the lock. If not, the caller does, until it closes the log."""
+def lock(log: IO[str]) -> bool:
+    """Take the lock until the log is closed. Return False if serve.py has it, which is running."""
     try:
         flock(log, LOCK_EX | LOCK_NB)
     except BlockingIOError:
-        return True
-    return False
+        return False
+    return True
 
 
 def start() -> None:
     """Return when it is ready. If it is interrupted, or fails, nothing of it is left."""
     interrupted: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: interrupted.append(number))
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: interrupted.append(number))
     with LOG.open("a") as log:
-        if not is_running(log):
+        if lock(log):
             log.truncate(0)
-            subprocess.Popen(
+            server = subprocess.Popen(
                 [sys.executable, Path(__file__).with_name("serve.py")],
-                env=settings(),
+                env=environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=lambda: print("process", os.getpid(), file=log, flush=True),
             )
-    running = True
-    while running and not interrupted and LOG.read_text().count(", ready\n") < 2:
+            print("process", server.pid, file=log, flush=True)
+    ended = False
+    while not ended and not interrupted and "\nready\n" not in LOG.read_text():
         time.sleep(0.05)
         with LOG.open() as log:
-            running = is_running(log)
+            ended = lock(log)
     if interrupted:
         stop()
         sys.exit(130)
-    if not running:
-        end = LOG.read_text().splitlines()[-1]
+    if ended:
+        lines = re.findall(r"\w.*", LOG.read_text())  # a traceback can end with dashes
         stop()
-        sys.exit(f"tier 01 did not start: {end}")
+        sys.exit(f"tier 01 did not start: {lines[-1]}")
 
 
 def stop() -> None:
+    """Return when it has ended."""
     with suppress(FileNotFoundError), LOG.open("r+") as log:
-        if is_running(log):
-            [pid] = re.findall(r"(?m)^process (\d+)$", log.read())
-            os.kill(int(pid), signal.SIGKILL)  # it has nothing to save
+        if not lock(log):
+            pid = int(log.readline().removeprefix("process "))
+            os.kill(pid, signal.SIGKILL)  # it has nothing to save
             flock(log, LOCK_EX)  # when it has ended
         LOG.unlink()
 
 
 if __name__ == "__main__":
     try:
-        {"start": start, "stop": stop}[sys.argv[1]]()
+        if sys.argv[1] == "start":
+            start()
+        else:
+            stop()
     except FileNotFoundError:  # LOG
         sys.exit("tier 01 was stopped while it was starting")

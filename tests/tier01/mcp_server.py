@@ -13,8 +13,8 @@ from fastmcp.server.auth import require_scopes
 from starlette.applications import Starlette
 
 NAME = os.environ.get("MCP_SERVER_NAME") or "demo-server"
-RESOURCE_URI = os.environ.get("RESOURCE_URI") or "http://localhost:8080/mcp"
-ISSUER = os.environ.get("AUTHPLANE_ISSUER") or "http://localhost:9000"
+RESOURCE_URI = os.environ["RESOURCE_URI"]
+ISSUER = os.environ["AUTHPLANE_ISSUER"]
 
 
 def echo(text: str) -> str:
