@@ -10,7 +10,9 @@ PLAIN: dict[str, Any] = {"trust_env": False, "verify": False}  # without the use
 type Credentials = tuple[str, str]  # client id and secret
 
 
-class Authserver(NamedTuple):
+class AuthserverClient(NamedTuple):
+    """Calls to one authorization server."""
+
     url: str
     admin_url: str
 

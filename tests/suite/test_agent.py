@@ -9,15 +9,14 @@ from urllib.parse import parse_qsl
 
 import pytest
 
-from conftest import StartFake
-from fakes import Request, Response, http_response
-from sandbox import ROOT, Sandbox
+from fakes import Request, Response, StartFake, http_response
+from sandbox import ROOT, Sandbox, replace_once
 
 type Ended = tuple[CompletedProcess[str], list[Request]]
 type Call = Callable[..., Ended]
 
 AGENT = (ROOT / "agent.py").read_text()
-HASTY = AGENT.replace("timeout=10", "timeout=1").replace("timeout=30", "timeout=4")
+HASTY = replace_once(replace_once(AGENT, "timeout=10", "timeout=1"), "timeout=30", "timeout=4")
 PLAIN = re.sub("(?s)# authplane:begin.*# authplane:end", "", AGENT)
 
 METADATA = "GET /.well-known/oauth-authorization-server"
@@ -25,8 +24,8 @@ TOKEN = '{"access_token": %s, "token_type": "Bearer", "expires_in": 60}'
 HOSTILE = "\x1b[2J\x9b\u202e"  # escape, C1, right-to-left override
 RESULT = {"serverInfo": {"name": "demo-server"}, "instructions": f"\u2028{HOSTILE}"}
 REPLY = json.dumps({"jsonrpc": "2.0", "id": 1, "result": RESULT}, ensure_ascii=False)
-OTHER_ID = REPLY.replace('"id": 1', '"id": 2')
-OTHER_SERVER = REPLY.replace("demo-server", "other-server")
+OTHER_ID = replace_once(REPLY, '"id": 1', '"id": 2')
+OTHER_SERVER = replace_once(REPLY, "demo-server", "other-server")
 
 
 @pytest.fixture
@@ -120,6 +119,7 @@ STREAMS = {
     "several lines": f"data: {LINES}\n\n",
     "other messages": f'data: {{"method": "a"}}\n\n{PING}data: {OTHER_ID}\n\n{EVENT}',
     "comments, no data, no space": f": ping\n\nid: 0\ndata:\n\n: data: no\ndata:{REPLY}\n\n",
+    "no JSON object": f"event: ping\ndata: ping\n\ndata: [1]\n\n{EVENT}",
 }
 
 

@@ -36,7 +36,7 @@ def test_expired_token(sandbox: Sandbox) -> None:
 
 
 def test_ends_without_an_authorization_server(sandbox: Sandbox) -> None:
-    (sandbox.clone / ".env").write_bytes(b"# caf\xe9\n")  # FastMCP would read it, as UTF-8
+    (sandbox.project / ".env").write_bytes(b"# caf\xe9\n")  # FastMCP would read it, as UTF-8
     sandbox.serve("mcp-server")
     last = sandbox.log.read_text().splitlines()[-1]
     assert last.startswith(f"mcp_server.py: the authorization server {sandbox.issuer}: ")

@@ -1,51 +1,49 @@
-"""The README: every command is run; what comes from files or from the servers is compared."""
+"""The two pages: every command is run; what comes from files or from the servers is compared."""
 
 import json
 import re
+import signal
+import sys
+import tomllib
 from base64 import urlsafe_b64decode
+from pathlib import Path
+from textwrap import indent
 
+import psutil
 import pytest
 
 from authserver_client import Credentials, status_of
-from conftest import NewSandbox
+from pages import EXAMPLES, README, blocks, section, table, with_ports
 from sandbox import PYTHON, ROOT, Sandbox, wait_until
 
-README = (ROOT / "README.md").read_text()
-
-
-def section(heading: str) -> str:
-    return README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-
-
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"(?s)```{language}\n(.*?)```", text)
-
-
-def rewritten(text: str, sandbox: Sandbox) -> str:
-    """Return text of the README with the ports of a sandbox."""
-    for default, own in zip((9000, 9001, 8080), sandbox.ports, strict=True):
-        text = text.replace(f"localhost:{default}", f"localhost:{own}")
-    return text
-
-
-def assert_shown(printed: str, shown: str) -> None:
-    """Check the end of what was printed; in what is shown, … stands for any text on the line."""
-    lines = printed.splitlines()[-len(shown.splitlines()) :]
-    pattern = re.escape(shown.strip("\n")).replace("…", ".*")
-    assert re.fullmatch(pattern, "\n".join(lines)), printed
+RELAY_SERVER = (ROOT / "tests/examples/relay_server.py").read_text()
+END = "--- end of a block ---\n"
 
 
 def test_blocks_and_counts(sandbox: Sandbox) -> None:
     counts, diff = sandbox.make("-s", "diff").stdout.split("\n", 1)
     assert f"\n{counts}\n" in README
     assert blocks(README, "diff") == [diff]
-    assert blocks(README, "python") == [(ROOT / "tests/examples/relay_server.py").read_text()]
+    at_the_top, program = blocks(README, "python")
+    assert program == RELAY_SERVER
+    assert indent(at_the_top, "    ") in program
+    provider = (ROOT / "tests/examples/relay_without_sdk.py").read_text()
+    assert blocks(section(EXAMPLES, "Without the SDK"), "python") == [provider]
 
 
-@pytest.mark.parametrize("name", ["README.md", "tests/README.md"])
+def test_request_bodies_and_packages() -> None:
+    bodies = r"(?s)'(\{\n.*?\n\})'"
+    steps = section(README, "Step by step")
+    assert re.findall(bodies, steps) == re.findall(bodies, (ROOT / "verify.sh").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    packages = [re.sub("(?=>)", " ", each) for each in project["dependencies"]]
+    assert " and ".join(packages) in README
+
+
+@pytest.mark.parametrize("name", ["README.md", "tests/README.md", "tests/examples/README.md"])
 def test_links_resolve(name: str) -> None:
     links = re.findall(r"\]\((?!https://)([^)#]*)#?([^)]*)\)", (ROOT / name).read_text())
-    assert len(links) > 3
+    assert len(links) > 1
     for file, anchor in links:
         target = (ROOT / name).parent / file if file else ROOT / name
         assert target.exists(), file
@@ -59,7 +57,7 @@ def test_token(servers: Sandbox, credentials: Credentials) -> None:
     form = {"scope": "mcp:echo", "resource": servers.mcp_url}
     token = servers.authserver.token(credentials, **form)
     header, claims = (json.loads(urlsafe_b64decode(f"{x}==")) for x in token.split(".")[:2])
-    [text] = blocks(rewritten(README, servers), "json")
+    [text] = blocks(with_ports(README, servers), "json")
     shown_header, shown_claims = map(json.loads, text.split("\n", 1))
     assert header == shown_header | {"kid": header["kid"]}
     assert claims["exp"] - claims["iat"] == shown_claims["exp"] - shown_claims["iat"]
@@ -69,45 +67,93 @@ def test_token(servers: Sandbox, credentials: Credentials) -> None:
 
 def test_run_it(sandbox: Sandbox) -> None:
     """All but the slow installation, which the first line is about."""
-    (sandbox.clone / ".venv").unlink()
-    [verify, _] = blocks(section("Run it"), "sh")
-    [shown] = blocks(section("Run it"), "text")
+    (sandbox.project / ".venv").unlink()
+    [verify, _] = blocks(section(README, "Run it"), "sh")
+    [shown] = blocks(section(README, "Run it"), "text")
     result = sandbox.run("bash", "-c", verify)
     assert result.stderr == ""
-    assert shown.splitlines()[0] + "\n" + result.stdout == rewritten(shown, sandbox)
+    assert shown.splitlines()[0] + "\n" + result.stdout == with_ports(shown, sandbox)
     assert sandbox.make("clean").returncode == 0
-    assert sandbox.left() == []
+    assert sandbox.leftovers() == []
 
 
-def test_in_your_server(
-    new_sandbox: NewSandbox, servers: Sandbox, agent_settings: dict[str, str]
-) -> None:
-    """What to install is resolved only; the server is pasted from the page."""
-    sandbox = new_sandbox("fastmcp")
-    sandbox.make_tool("python", f'exec {PYTHON} "$@"')
-    sandbox.make_tool("pip", 'exec python -m pip "$@" --dry-run')
-    install, commands = blocks(section("In your server"), "sh")
-    [program] = blocks(section("In your server"), "python")
-    serve, call_tool = commands.replace("8081", str(sandbox.ports[2])).splitlines()
-    settings = agent_settings | {
-        "OTHER_MCP_URL": servers.mcp_url,
-        "OTHER_RESOURCE_URI": servers.mcp_url,
-        "PORT": str(sandbox.ports[2]),
+def test_steps_and_server(sandbox: Sandbox) -> None:
+    """What is typed in one shell, with a second one while the server runs.
+
+    What to install is resolved only.
+    """
+    steps = blocks(with_ports(section(README, "Step by step"), sandbox), "sh")
+    serve, call_tool, clean_up = blocks(section(README, "In your server"), "sh")
+    assert serve.startswith(".venv/bin/python -m venv relay\nrelay/bin/pip install ")
+    make_environment(sandbox.project / "relay")
+    (sandbox.project / "relay_server.py").write_text(blocks(README, "python")[1])
+    install_and_serve = serve.split("\n", 1)[1].rstrip("\n") + " || true\n"  # Ctrl-C ends it
+    port = str(sandbox.ports[2] + 1_000)
+    script = f"echo {END}".join([*steps, install_and_serve, clean_up])
+
+    shell = sandbox.start("bash", "-ec", script, PORT=port)
+    url = sandbox.mcp_url.replace(str(sandbox.ports[2]), port)
+    wait_until(lambda: shell.poll() is not None or status_of(url), "the server")
+    assert shell.poll() is None, shell.communicate()
+    call = sandbox.run("bash", "-c", call_tool.replace("8081", port))
+    for process in psutil.Process(shell.pid).children():
+        process.send_signal(signal.SIGINT)
+    output, errors = shell.communicate(timeout=60)
+    assert shell.returncode == 0, errors
+    assert "hello" in call.stdout
+    for printed, step in zip(output.split(END), steps, strict=False):
+        assert_shown(printed, step)
+    assert sandbox.leftovers() == []
+    for name in ("admin.header", "client.json", "relay"):
+        assert not (sandbox.project / name).exists()
+
+
+def make_environment(folder: Path) -> None:
+    """Make what looks like an environment, but has the packages of the tests."""
+    (folder / "bin").mkdir(parents=True)
+    for name, command in {
+        "python": f'{PYTHON} "$@"',
+        "pip": f'{PYTHON} -m pip "$@" --dry-run',
+        "fastmcp": f'{PYTHON} -m fastmcp.cli "$@"',
+    }.items():
+        (folder / "bin" / name).write_text(f"#!/bin/sh\nexec {command}\n")
+        (folder / "bin" / name).chmod(0o755)
+
+
+def assert_shown(printed: str, step: str) -> None:
+    """Check what a step prints at its end; in its comments, … stands for any text on the line."""
+    shown = re.findall("(?m)^# (.*)$", step)
+    lines = printed.splitlines()[-len(shown) :] if shown else []
+    pattern = re.escape("\n".join(shown)).replace("…", ".*")
+    assert re.fullmatch(pattern, "\n".join(lines)), printed
+
+
+def test_when_the_agent_fails(servers: Sandbox, agent_settings: dict[str, str]) -> None:
+    """Each text that the table quotes is in the last line of an agent with such a setting."""
+    other, undeclared = f"{servers.mcp_url}/other", f"{servers.mcp_url}/undeclared"
+    servers.authserver.register_resource("other", other, "mcp:echo")
+    servers.authserver.register_resource("undeclared", undeclared, "mcp:other")
+    https = servers.issuer.replace("http://localhost", "https://127.0.0.1")
+    wrong = {
+        "KeyError('CLIENT_ID')": {"CLIENT_ID": None},
+        "client_id must not be empty": {"CLIENT_ID": ""},
+        "Failed to fetch metadata: All connection attempts failed": {
+            "AUTHPLANE_ISSUER": "http://localhost:1"
+        },
+        "ConnectError": {"MCP_URL": "http://localhost:1/mcp"},
+        "issuer mismatch": {"AUTHPLANE_ISSUER": servers.issuer.replace("localhost", "127.0.0.1")},
+        "URL must use HTTPS": {"AUTHPLANE_DEV_MODE": ""},
+        "URL resolves to blocked IP": {"AUTHPLANE_DEV_MODE": "", "AUTHPLANE_ISSUER": https},
+        "InvalidClientError": {"CLIENT_SECRET": "wrong"},
+        "InvalidTargetError": {"RESOURCE_URI": f"{servers.mcp_url}/"},
+        "InvalidScopeError": {"RESOURCE_URI": undeclared},
+        'HTTP 401: Bearer error="invalid_token"': {"RESOURCE_URI": other},
+        "HTTP 307": {"MCP_URL": f"{servers.mcp_url}/"},
+        "HTTP 404": {"MCP_URL": servers.mcp_url.replace("/mcp", "/")},
     }
-    assert sandbox.run("bash", "-c", install).returncode == 0
-    (sandbox.clone / "relay_server.py").write_text(program)
-    sandbox.start("bash", "-c", f"exec {serve} >{sandbox.log} 2>&1", **settings)
-    wait_until(lambda: status_of(sandbox.mcp_url), f"the server, {sandbox.log}")
-    assert "hello" in sandbox.run("bash", "-c", call_tool).stdout
-
-
-def test_step_by_step(sandbox: Sandbox) -> None:
-    """In one shell; each block prints what its comments show."""
-    steps = blocks(rewritten(section("Step by step"), sandbox), "sh")
-    script = "echo --- end of block ---\n".join(steps)
-    result = sandbox.run("bash", "-ec", script)
-    assert result.returncode == 0, result
-    for printed, step in zip(result.stdout.split("--- end of block ---\n"), steps, strict=True):
-        shown = "\n".join(re.findall("(?m)^# (.*)$", step))
-        assert_shown(printed, shown)
-    assert sandbox.left() == []
+    rows = table(section(README, "When the agent fails"))
+    assert {text for row in rows for text in re.findall("`([^`]*)`", row[0])} >= {*wrong}
+    for text, change in wrong.items():
+        settings = {name: x for name, x in (agent_settings | change).items() if x is not None}
+        error = servers.run(sys.executable, "agent.py", **settings).stderr
+        assert text in error.splitlines()[-1]
