@@ -1,6 +1,7 @@
 """The two pages, README.md and tests/examples/README.md, as tests compare and run them."""
 
 import re
+from pathlib import Path
 
 from sandbox import ROOT, Sandbox
 
@@ -30,3 +31,15 @@ def with_ports(text: str, sandbox: Sandbox) -> str:
     for default, own in zip((9000, 9001, 8080), sandbox.ports, strict=True):
         text = text.replace(f"localhost:{default}", f"localhost:{own}")
     return text
+
+
+def make_environment(folder: Path, python: Path) -> None:
+    """Make what looks like the environment of the pages, and has the packages of this Python."""
+    (folder / "bin").mkdir(parents=True)
+    for name, command in {
+        "python": f'{python} "$@"',
+        "pip": f'{python} -m pip "$@" --dry-run',
+        "fastmcp": f'{python} -m fastmcp.cli "$@"',
+    }.items():
+        (folder / "bin" / name).write_text(f"#!/bin/sh\nexec {command}\n")
+        (folder / "bin" / name).chmod(0o755)

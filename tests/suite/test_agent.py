@@ -135,7 +135,20 @@ def test_reads_a_stream_that_is_left_open(call: Call, stream: str) -> None:
 
 
 ERROR = json.dumps({"id": 1, "error": {"code": -32602, "message": HOSTILE}})
+# of a server that accepts only MCP 2026-07-28, as the MCP SDK 2 words it
+NEWER_ONLY = {
+    "code": -32022,
+    "message": "Unsupported protocol version",
+    "data": {"supported": ["2026-07-28"], "requested": "2025-11-25"},
+}
 FAILURES: dict[str, tuple[Response, str]] = {
+    "400": (
+        http_response(
+            "400 Bad Request", json.dumps({"jsonrpc": "2.0", "id": 1, "error": NEWER_ONLY})
+        ),
+        'HTTP 400: {"jsonrpc": "2.0", "id": 1, "error": {"code": -32022, "message": "Unsupported '
+        'protocol version", "data": {"supported": ["2026-07-28"]',
+    ),
     "401": (http_response("401 No", www_authenticate="Bearer x"), "('HTTP 401: Bearer x')"),
     "307": (http_response("307 No", location="/mcp2"), "('HTTP 307: /mcp2')"),
     "421": (

@@ -6,14 +6,13 @@ import signal
 import sys
 import tomllib
 from base64 import urlsafe_b64decode
-from pathlib import Path
 from textwrap import indent
 
 import psutil
 import pytest
 
 from authserver_client import Credentials, status_of
-from pages import EXAMPLES, README, blocks, section, table, with_ports
+from pages import EXAMPLES, README, blocks, make_environment, section, table, with_ports
 from sandbox import PYTHON, ROOT, Sandbox, wait_until
 
 RELAY_SERVER = (ROOT / "tests/examples/relay_server.py").read_text()
@@ -85,7 +84,7 @@ def test_steps_and_server(sandbox: Sandbox) -> None:
     steps = blocks(with_ports(section(README, "Step by step"), sandbox), "sh")
     serve, call_tool, clean_up = blocks(section(README, "In your server"), "sh")
     assert serve.startswith(".venv/bin/python -m venv relay\nrelay/bin/pip install ")
-    make_environment(sandbox.project / "relay")
+    make_environment(sandbox.project / "relay", PYTHON)
     (sandbox.project / "relay_server.py").write_text(blocks(README, "python")[1])
     install_and_serve = serve.split("\n", 1)[1].rstrip("\n") + " || true\n"  # Ctrl-C ends it
     port = str(sandbox.ports[2] + 1_000)
@@ -106,18 +105,6 @@ def test_steps_and_server(sandbox: Sandbox) -> None:
     assert sandbox.leftovers() == []
     for name in ("admin.header", "client.json", "relay"):
         assert not (sandbox.project / name).exists()
-
-
-def make_environment(folder: Path) -> None:
-    """Make what looks like an environment, but has the packages of the tests."""
-    (folder / "bin").mkdir(parents=True)
-    for name, command in {
-        "python": f'{PYTHON} "$@"',
-        "pip": f'{PYTHON} -m pip "$@" --dry-run',
-        "fastmcp": f'{PYTHON} -m fastmcp.cli "$@"',
-    }.items():
-        (folder / "bin" / name).write_text(f"#!/bin/sh\nexec {command}\n")
-        (folder / "bin" / name).chmod(0o755)
 
 
 def assert_shown(printed: str, step: str) -> None:

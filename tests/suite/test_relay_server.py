@@ -1,33 +1,74 @@
-"""The server in README.md, run as a program: what its caller sees, and what its log says."""
+"""The servers of the pages, run as programs: what callers see, and what the log says.
+
+RELAY_PYTHON names a Python with another FastMCP than that of the tests.
+"""
 
 import asyncio
 import os
 import re
 import signal
+import subprocess
+from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pytest
 from fastmcp import Client
 
-from authserver_client import status_of
-from conftest import NewSandbox, StartFake
-from sandbox import PYTHON, ROOT, Sandbox, wait_until
+from authserver_client import ADMIN_KEY, Credentials, status_of
+from fakes import StartFake, proxy_to, respond_to
+from pages import EXAMPLES, README, blocks, make_environment, section, table, with_ports
+from sandbox import PYTHON, ROOT, NewSandbox, Sandbox, replace_once, wait_until
 
 pytestmark = pytest.mark.anyio
+RELAY_PYTHON = Path(os.environ.get("RELAY_PYTHON", PYTHON))
+VERSION = "from importlib.metadata import version; print(version('fastmcp'))"
+FASTMCP = subprocess.check_output([RELAY_PYTHON, "-c", VERSION], text=True).split(".")[0]
+on_fastmcp_4 = pytest.mark.skipif(FASTMCP != "4", reason="this is for FastMCP 4: see .ci/sdk")
+
 PROGRAM = (ROOT / "tests/examples/relay_server.py").read_text()
+WITHOUT_SDK = (ROOT / "tests/examples/relay_without_sdk.py").read_text()
+HASTY = PROGRAM
 TWO_SECONDS = "FetchSettings(allow_http=True, allow_localhost=True, timeout=2)"
-HASTY = (
-    PROGRAM.replace("authplane import ", "authplane import FetchSettings, ")
-    .replace("auth=CREDENTIALS", f"auth=CREDENTIALS, fetch_settings={TWO_SECONDS}")
-    .replace("timeout=15", "timeout=5")
-)
-FAILED = "Error calling tool 'relay'"
-TIMED_OUT = "Upstream request timed out, please retry"
+for old, new in (
+    ("authplane import ", "authplane import FetchSettings, "),
+    ("auth=CREDENTIALS", f"auth=CREDENTIALS, fetch_settings={TWO_SECONDS}"),
+    ("timeout=10", "timeout=3"),
+):
+    HASTY = replace_once(HASTY, old, new)
+
+MASKED = "Error calling tool 'relay'"
+ROWS = table(section(EXAMPLES, "When a call fails"))
 
 
-def start(relay: Sandbox, tier01: Sandbox, program: str) -> bool:
-    """Start the program with a new client; return True when it listens, False if it ends."""
-    client_id, secret = tier01.authserver.register_client("mcp:echo mcp:other")
+def row(beginning: str) -> list[str]:
+    """Return the cells of the row of the page's table whose first one begins so."""
+    [cells] = [cells for cells in ROWS if cells[0].startswith(beginning)]
+    return cells
+
+
+def quoted(cell: str) -> list[str]:
+    return re.findall("`([^`]*)`", cell)
+
+
+def caller_sees(cells: list[str]) -> str:
+    """Return the first line of what the caller sees, as the page has it for this FastMCP."""
+    cell = cells[2]
+    if "on FastMCP 3" in cell and FASTMCP != "3":
+        return MASKED
+    return quoted(cell)[0] if quoted(cell) else MASKED
+
+
+def last_error(relay: Sandbox) -> str:
+    """Return what stands behind the last box of the log, which is a traceback, in one line."""
+    return " ".join(relay.log.read_text().split("╯")[-1].split())
+
+
+def start(
+    relay: Sandbox, tier01: Sandbox, program: str = PROGRAM, client: Credentials | None = None
+) -> subprocess.Popen[str]:
+    """Start the program; return when it listens, or has ended."""
+    client_id, secret = client or tier01.authserver.register_client("mcp:echo mcp:other")
     settings = tier01.settings | {
         "CLIENT_ID": client_id,
         "CLIENT_SECRET": secret,
@@ -36,10 +77,9 @@ def start(relay: Sandbox, tier01: Sandbox, program: str) -> bool:
         "PORT": str(relay.ports[2]),
         "FASTMCP_CHECK_FOR_UPDATES": "off",
     }
-    python = os.environ.get("RELAY_PYTHON", PYTHON)  # that of another FastMCP
-    server = relay.start_logged(python, "-c", program, **settings)
+    server = relay.start_logged(RELAY_PYTHON, "-c", program, **settings)
     wait_until(lambda: server.poll() or status_of(relay.mcp_url), f"relay: {relay.log}")
-    return server.poll() is None
+    return server
 
 
 async def call_tool(relay: Sandbox) -> str:
@@ -49,69 +89,177 @@ async def call_tool(relay: Sandbox) -> str:
     return getattr(result.content[0], "text", "").splitlines()[0]
 
 
-async def test_a_new_token_after_expiry(sandbox: Sandbox, new_sandbox: NewSandbox) -> None:
+def connections(server: subprocess.Popen[str], url: str) -> int:
+    """Return how many connections to the URL the server has open."""
+    port = int(re.findall(r":(\d+)", url)[0])
+    found = psutil.Process(server.pid).net_connections()
+    return sum(each.status == "ESTABLISHED" and each.raddr.port == port for each in found)
+
+
+async def test_the_token_is_cached_until_it_expires(
+    sandbox: Sandbox, new_sandbox: NewSandbox
+) -> None:
+    """With the lines of Many calls; the SDK doesn't use a token in its last 30 seconds."""
     tier01 = new_sandbox()
-    servers = tier01.serve(TOKEN_SECONDS="31")  # the SDK doesn't use a token in its last 30 seconds
+    tier01.serve(TOKEN_SECONDS="31")
     tier01.authserver.register_resource("demo-mcp", tier01.mcp_url, "mcp:echo")
-    start(sandbox, tier01, PROGRAM)
+    imported, created, argument = quoted(section(EXAMPLES, "Many calls"))
+    program = replace_once(PROGRAM, "\nISSUER", f"\n{imported}\n{created}\nISSUER")
+    argument = argument.removeprefix("Client(…, ").removesuffix(")")
+    start(sandbox, tier01, replace_once(program, "timeout=10", f"timeout=10, {argument}"))
     for _ in range(2):
         assert await call_tool(sandbox) == "hello"
         await asyncio.sleep(1.1)
     assert tier01.log.read_text().count('"POST /oauth/token') == 2
-    tier01.authserver.delete_client(tier01.authserver.clients()[0])
-    assert await call_tool(sandbox) == FAILED
-    assert "InvalidClientError" in sandbox.log.read_text()
-    servers.kill()
-    assert await call_tool(sandbox) == FAILED
-    assert "client_credentials: request failed" in sandbox.log.read_text()
 
 
-async def test_the_authorization_server_becomes_silent(new_sandbox: NewSandbox) -> None:
-    tier01, cached, uncached = new_sandbox(), new_sandbox(), new_sandbox()
+async def test_the_authorization_server_fails(new_sandbox: NewSandbox) -> None:
+    """A cached token works. Without one, the circuit is open after five failures of any kind."""
+    tier01, cached, uncached, late = (new_sandbox() for _ in range(4))
     authserver = tier01.serve("authserver")
     new_sandbox(ports=tier01.ports).serve("mcp-server")
     tier01.authserver.register_resource("demo-mcp", tier01.mcp_url, "mcp:echo")
-    start(cached, tier01, PROGRAM)
-    start(uncached, tier01, HASTY)
+    for relay in (cached, uncached, late):
+        start(relay, tier01, HASTY)
     assert {await call_tool(cached) for _ in range(21)} == {"hello"}
     assert tier01.log.read_text().count('"POST /oauth/token') == 1
+
     authserver.send_signal(signal.SIGSTOP)
     assert await call_tool(cached) == "hello"
-    assert await asyncio.gather(*[call_tool(uncached) for _ in range(5)]) == [TIMED_OUT] * 5
-    assert await call_tool(uncached) == FAILED
-    assert "CircuitOpenError" in uncached.log.read_text()
+    silent = caller_sees(row("`ReadTimeout`"))
+    assert await asyncio.gather(*[call_tool(uncached) for _ in range(5)]) == [silent] * 5
+    assert last_error(uncached).startswith("ReadTimeout")
+    assert await call_tool(uncached) == caller_sees(row("`CircuitOpenError`"))
+    assert last_error(uncached).startswith("CircuitOpenError")
+
+    authserver.kill()
+    authserver.wait()
+    down = row("`ConnectError`")
+    for _ in range(5):
+        assert await call_tool(late) == caller_sees(down)
+    assert all(text in " ".join(late.log.read_text().split()) for text in quoted(down[0]))
+    assert await call_tool(late) == MASKED
+    assert last_error(late).startswith("CircuitOpenError")
 
 
 class Case(NamedTuple):
-    """What is replaced in the program, what the caller sees if it starts, what the log has."""
+    """The row of the page's table, and what is replaced in the program to provoke it."""
 
+    row: str
     old: str
     new: str
-    seen: str
-    log: str
 
 
+REJECTED = "FastMCP 3" if FASTMCP == "3" else "FastMCP 4"
 CASES = {
-    "no server": Case("(ISSUER", '("http://localhost:1"', "", "MetadataFetchError: .* failed"),
-    "no response": Case("(ISSUER", '("SILENT"', "", "MetadataFetchError: Failed to fetch .*: \n"),
-    "resource": Case("[OTHER_RESOURCE]", '["http://a"]', FAILED, "InvalidTargetError"),
-    "scope": Case("mcp:echo", "mcp:a", FAILED, "InvalidScopeError"),
-    "audience": Case("[OTHER_RESOURCE]", "[]", FAILED, "401 Unauthorized|an error response"),
-    "tool's scope": Case("mcp:echo", "mcp:other", "Unknown tool: 'echo'", FAILED),
-    "tool's error": Case('{"text": text}', "{}", "1 validation error for call[echo]", FAILED),
-    "other server": Case("(OTHER_URL", '("http://localhost:1"', FAILED, "failed to connect"),
-    "silence": Case("(OTHER_URL", '("SILENT"', FAILED, "'relay' execution timed out"),
+    "client": Case("`InvalidClientError`", 'environ["CLIENT_SECRET"]', '"wrong"'),
+    "resource": Case("`InvalidTargetError`", "[OTHER_RESOURCE]", '["http://a"]'),
+    "scope": Case("`InvalidScopeError`", '["mcp:echo"]', '["mcp:a"]'),
+    "audience": Case(REJECTED, "[OTHER_RESOURCE]", "[]"),
+    "other server": Case("`Client failed to connect`", "(OTHER_URL", '("http://localhost:1"'),
+}
+NO_TRACEBACK = {
+    "tool's scope": Case("the other server's tool needs", '["mcp:echo"]', '["mcp:other"]'),
+    "tool's error": Case("the other server's tool failed", '{"text": text}', "{}"),
 }
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-async def test_failures(
-    sandbox: Sandbox, servers: Sandbox, start_fake: StartFake, case: Case
+async def test_a_call_fails(sandbox: Sandbox, servers: Sandbox, case: Case) -> None:
+    start(sandbox, servers, replace_once(HASTY, case.old, case.new))
+    cells = row(case.row)
+    assert await call_tool(sandbox) == caller_sees(cells)
+    assert quoted(cells[0])[0] in last_error(sandbox)
+
+
+@pytest.mark.parametrize("case", NO_TRACEBACK.values(), ids=NO_TRACEBACK)
+async def test_a_call_fails_without_a_traceback(
+    sandbox: Sandbox, servers: Sandbox, case: Case
 ) -> None:
-    servers.authserver.register_resource("other", servers.mcp_url, "mcp:other")
-    program = HASTY.replace(case.old, case.new).replace("SILENT", start_fake(lambda _: None).url)
-    seen = ""
-    if start(sandbox, servers, program):
-        seen = await call_tool(sandbox)
-    assert seen == case.seen
-    assert re.search(case.log, sandbox.log.read_text())
+    servers.authserver.register_resource("tool-scope", servers.mcp_url, "mcp:other")
+    start(sandbox, servers, replace_once(HASTY, case.old, case.new))
+    [cells] = [cells for cells in ROWS if cells[1].startswith(case.row)]
+    seen = await call_tool(sandbox)
+    assert seen == (quoted(cells[2]) or ["1 validation error for call[echo]"])[0]
+    assert "─ Traceback" not in sandbox.log.read_text()
+
+
+async def test_the_other_server_never_answers_a_call(
+    sandbox: Sandbox, servers: Sandbox, start_fake: StartFake
+) -> None:
+    """No connection is left."""
+    fake = start_fake(proxy_to(servers.ports[2], respond_to(b"tools/call", None)))
+    server = start(sandbox, servers, replace_once(HASTY, "(OTHER_URL", f'("{fake.url}/mcp"'))
+    cells = row("`timed out`")
+    assert await asyncio.gather(*[call_tool(sandbox) for _ in range(4)]) == [caller_sees(cells)] * 4
+    assert quoted(cells[0])[0] in " ".join(sandbox.log.read_text().split())
+    wait_until(lambda: not connections(server, fake.url), "the end of all connections", 5)
+
+
+@pytest.mark.parametrize("issuer", ["http://localhost:1", "SILENT"])
+def test_it_does_not_start(
+    sandbox: Sandbox, servers: Sandbox, start_fake: StartFake, issuer: str
+) -> None:
+    if issuer == "SILENT":
+        issuer = start_fake(lambda _: None).url
+    server = start(sandbox, servers, replace_once(HASTY, "(ISSUER", f'("{issuer}"'))
+    assert server.wait(10) != 0
+    assert quoted(row("`MetadataFetchError`")[0])[0] in sandbox.log.read_text()
+
+
+@on_fastmcp_4
+def test_protect_your_server(servers: Sandbox, new_sandbox: NewSandbox) -> None:
+    """The lines of the page, in the server and in one shell after steps 2 and 3 of the README."""
+    sandbox = new_sandbox(ports=servers.ports)
+    port = str(servers.ports[2] + 1_000)
+    protect = section(EXAMPLES, "Protect your server")
+    [lines] = blocks(protect, "python")
+    [unprotected] = re.findall("(?m)^server = .*\n", PROGRAM)
+    program = replace_once(PROGRAM, unprotected, lines)
+    program = program.replace("https://relay.example.com", f"http://localhost:{port}")
+    (sandbox.project / "relay_server.py").write_text(program)
+    make_environment(sandbox.project / "relay", RELAY_PYTHON)
+    call_tool, clean_up = blocks(protect, "sh")
+    [without_token] = re.findall("(?m)^.*fastmcp call .*$", call_tool)
+    script = [
+        *blocks(section(README, "Step by step"), "sh")[1:3],
+        "relay/bin/python relay_server.py 2>log &\n",
+        "until curl -s -o /dev/null http://localhost:8081/mcp; do sleep 0.1; done\n",
+        call_tool,
+        without_token.replace('"$TOKEN"', "none") + " && exit 1\n",
+        clean_up,
+    ]
+    settings = servers.settings | {
+        "AUTHSERVER_URL": servers.issuer,
+        "ADMIN_URL": servers.authserver.admin_url,
+        "AUTHPLANE_ADMIN_API_KEY": ADMIN_KEY,
+        "OTHER_MCP_URL": servers.mcp_url,
+        "OTHER_RESOURCE_URI": servers.mcp_url,
+        "PORT": port,
+        "FASTMCP_CHECK_FOR_UPDATES": "off",
+    }
+    text = with_ports("".join(script), servers).replace("8081", port)
+    result = sandbox.run("bash", "-ec", text, **settings)
+    assert "hello" in result.stdout, result
+    assert result.returncode == 0, result
+    assert "401" in (sandbox.project / "log").read_text() + result.stderr
+    assert not (sandbox.project / "caller.json").exists()
+
+
+@on_fastmcp_4
+async def test_without_the_sdk(new_sandbox: NewSandbox, servers: Sandbox) -> None:
+    """It caches the token. The URL must be the registered uri."""
+    right, wrong_url, wrong_secret = (new_sandbox() for _ in range(3))
+    tokens = servers.log.read_text().count('"POST /oauth/token')
+    start(right, servers, WITHOUT_SDK)
+    assert [await call_tool(right) for _ in range(2)] == ["hello"] * 2
+    assert servers.log.read_text().count('"POST /oauth/token') == tokens + 1
+
+    other_url = f'"{servers.mcp_url.replace("localhost", "127.0.0.1")}"'
+    start(wrong_url, servers, replace_once(WITHOUT_SDK, 'environ["OTHER_MCP_URL"]', other_url))
+    assert await call_tool(wrong_url) == MASKED
+    start(wrong_secret, servers, replace_once(WITHOUT_SDK, 'environ["CLIENT_SECRET"]', '"wrong"'))
+    assert await call_tool(wrong_secret) == MASKED
+    *_, mismatch, failed = quoted(section(EXAMPLES, "Without the SDK"))
+    assert re.search(mismatch.replace("…", ".*"), " ".join(wrong_url.log.read_text().split()))
+    assert failed in last_error(wrong_secret)

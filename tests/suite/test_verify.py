@@ -51,15 +51,20 @@ def behind_fakes(
     return settings
 
 
-def test_checks_everything_and_leaves_nothing(sandbox_with_tier01: Sandbox) -> None:
-    """Two runs at once do not disturb each other."""
+def test_checks_everything_and_leaves_nothing(
+    sandbox_with_tier01: Sandbox, servers: Sandbox
+) -> None:
+    """Two runs at once do not disturb each other. Each of them reads the metadata twice."""
     before = sandbox_with_tier01.authserver.clients()
+    metadata_requests = servers.log.read_text().count("oauth-authorization-server")
     runs = [sandbox_with_tier01.start("bash", "verify.sh") for _ in range(2)]
     for run in runs:
         output, errors = run.communicate(timeout=60)
         assert (masked(output), errors, run.returncode) == (CHECKS, "", 0)
     assert sandbox_with_tier01.authserver.clients() == before
     assert sandbox_with_tier01.leftovers() == []
+    requested = servers.log.read_text().count("oauth-authorization-server") - metadata_requests
+    assert requested == 4  # the agent does so, too
 
 
 def test_holds_in_any_environment(sandbox_with_tier01: Sandbox, sandbox: Sandbox) -> None:
@@ -196,7 +201,8 @@ def test_fails(
 
 
 @pytest.mark.parametrize(
-    ("exit_status", "last_line"), [(0, "MCP initialize OK?"), (0, ""), (3, "MCP initialize OK")]
+    ("exit_status", "last_line"),
+    [(0, "MCP initialize OK?"), (0, ""), (1, "exit 0, MCP initialize OK")],
 )
 def test_the_agent_fails(sandbox_with_tier01: Sandbox, exit_status: int, last_line: str) -> None:
     agent = f"print({last_line!r}); raise SystemExit({exit_status})"
