@@ -24,7 +24,6 @@ read_settings() {
     [ -f "$file" ] || continue
     while IFS= read -r line || [ -n "$line" ]; do
       line=${line#$'\xef\xbb\xbf'} # a byte order mark
-      line=${line%$'\r'}
       [[ $line =~ ^(export )?([A-Z][A-Z0-9_]*)=(.*)$ ]] || continue
       name=${BASH_REMATCH[2]}
       value=${BASH_REMATCH[3]}

@@ -4,6 +4,7 @@ RELAY_PYTHON names a Python with another FastMCP than that of the tests.
 """
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ import pytest
 from fastmcp import Client
 
 from authserver_client import ADMIN_KEY, Credentials, status_of
-from fakes import StartFake, proxy_to, respond_to
+from fakes import StartFake, http_response, proxy_to, respond_to
 from pages import EXAMPLES, README, blocks, make_environment, section, table, with_ports
 from sandbox import PYTHON, ROOT, NewSandbox, Sandbox, replace_once, wait_until
 
@@ -52,11 +53,8 @@ def quoted(cell: str) -> list[str]:
 
 
 def caller_sees(cells: list[str]) -> str:
-    """Return the first line of what the caller sees, as the page has it for this FastMCP."""
-    cell = cells[2]
-    if "on FastMCP 3" in cell and FASTMCP != "3":
-        return MASKED
-    return quoted(cell)[0] if quoted(cell) else MASKED
+    """Return the first line of what the caller sees, as the page has it."""
+    return quoted(cells[2])[0] if quoted(cells[2]) else MASKED
 
 
 def last_error(relay: Sandbox) -> str:
@@ -107,9 +105,9 @@ async def test_the_token_is_cached_until_it_expires(
     program = replace_once(PROGRAM, "\nISSUER", f"\n{imported}\n{created}\nISSUER")
     argument = argument.removeprefix("Client(…, ").removesuffix(")")
     start(sandbox, tier01, replace_once(program, "timeout=10", f"timeout=10, {argument}"))
-    for _ in range(2):
-        assert await call_tool(sandbox) == "hello"
-        await asyncio.sleep(1.1)
+    assert await call_tool(sandbox) == "hello"
+    await asyncio.sleep(1.1)
+    assert await call_tool(sandbox) == "hello"
     assert tier01.log.read_text().count('"POST /oauth/token') == 2
 
 
@@ -121,7 +119,7 @@ async def test_the_authorization_server_fails(new_sandbox: NewSandbox) -> None:
     tier01.authserver.register_resource("demo-mcp", tier01.mcp_url, "mcp:echo")
     for relay in (cached, uncached, late):
         start(relay, tier01, HASTY)
-    assert {await call_tool(cached) for _ in range(21)} == {"hello"}
+    assert {await call_tool(cached) for _ in range(3)} == {"hello"}
     assert tier01.log.read_text().count('"POST /oauth/token') == 1
 
     authserver.send_signal(signal.SIGSTOP)
@@ -135,11 +133,27 @@ async def test_the_authorization_server_fails(new_sandbox: NewSandbox) -> None:
     authserver.kill()
     authserver.wait()
     down = row("`ConnectError`")
-    for _ in range(5):
-        assert await call_tool(late) == caller_sees(down)
+    assert await asyncio.gather(*[call_tool(late) for _ in range(5)]) == [caller_sees(down)] * 5
     assert all(text in " ".join(late.log.read_text().split()) for text in quoted(down[0]))
     assert await call_tool(late) == MASKED
     assert last_error(late).startswith("CircuitOpenError")
+
+
+async def test_the_authorization_server_is_overloaded(
+    sandbox: Sandbox, servers: Sandbox, start_fake: StartFake
+) -> None:
+    fake = start_fake(lambda request: responses[request.path])
+    metadata = {"issuer": fake.url, "token_endpoint": f"{fake.url}/token", "jwks_uri": fake.url}
+    responses = {
+        "/.well-known/oauth-authorization-server": http_response("200 OK", json.dumps(metadata)),
+        "/": http_response("200 OK", '{"keys": []}'),
+        "/token": http_response("503 Service Unavailable"),
+    }
+    start(sandbox, servers, replace_once(HASTY, "(ISSUER", f'("{fake.url}"'))
+    for _ in range(6):
+        assert await call_tool(sandbox) == MASKED
+    assert last_error(sandbox).startswith("CircuitOpenError")
+    assert [request.path for request in fake.requests].count("/token") == 5
 
 
 class Case(NamedTuple):
@@ -191,8 +205,12 @@ async def test_the_other_server_never_answers_a_call(
     fake = start_fake(proxy_to(servers.ports[2], respond_to(b"tools/call", None)))
     server = start(sandbox, servers, replace_once(HASTY, "(OTHER_URL", f'("{fake.url}/mcp"'))
     cells = row("`timed out`")
-    assert await asyncio.gather(*[call_tool(sandbox) for _ in range(4)]) == [caller_sees(cells)] * 4
-    assert quoted(cells[0])[0] in " ".join(sandbox.log.read_text().split())
+    allowed, errors = {MASKED}, quoted(cells[0])[:1]
+    if FASTMCP == "3":  # two time limits of 10 seconds end at the same moment
+        allowed, errors = {MASKED, caller_sees(cells)}, quoted(cells[0])
+    seen = await asyncio.gather(*[call_tool(sandbox) for _ in range(4)])
+    assert {*seen} <= allowed
+    assert any(error in last_error(sandbox) for error in errors)
     wait_until(lambda: not connections(server, fake.url), "the end of all connections", 5)
 
 
@@ -223,7 +241,7 @@ def test_protect_your_server(servers: Sandbox, new_sandbox: NewSandbox) -> None:
     [without_token] = re.findall("(?m)^.*fastmcp call .*$", call_tool)
     script = [
         *blocks(section(README, "Step by step"), "sh")[1:3],
-        "relay/bin/python relay_server.py 2>log &\n",
+        "relay/bin/python relay_server.py >log 2>&1 &\n",
         "until curl -s -o /dev/null http://localhost:8081/mcp; do sleep 0.1; done\n",
         call_tool,
         without_token.replace('"$TOKEN"', "none") + " && exit 1\n",
@@ -242,7 +260,7 @@ def test_protect_your_server(servers: Sandbox, new_sandbox: NewSandbox) -> None:
     result = sandbox.run("bash", "-ec", text, **settings)
     assert "hello" in result.stdout, result
     assert result.returncode == 0, result
-    assert "401" in (sandbox.project / "log").read_text() + result.stderr
+    assert "401 Unauthorized" in (sandbox.project / "log").read_text()
     assert not (sandbox.project / "caller.json").exists()
 
 
