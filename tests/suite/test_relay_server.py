@@ -29,15 +29,19 @@ on_fastmcp_4 = pytest.mark.skipif(FASTMCP != "4", reason="this is for FastMCP 4:
 
 PROGRAM = (ROOT / "tests/examples/relay_server.py").read_text()
 WITHOUT_SDK = (ROOT / "tests/examples/relay_without_sdk.py").read_text()
-HASTY = PROGRAM
 TWO_SECONDS = "FetchSettings(allow_http=True, allow_localhost=True, timeout=2)"
-for old, new in (
-    ("authplane import ", "authplane import FetchSettings, "),
-    ("auth=CREDENTIALS", f"auth=CREDENTIALS, fetch_settings={TWO_SECONDS}"),
-    ("timeout=10", "timeout=3"),
-):
-    HASTY = replace_once(HASTY, old, new)
 
+
+def hasty(program: str) -> str:
+    """Return the program with a time limit of 2 seconds for requests, and of 3 for calls."""
+    program = replace_once(program, "authplane import ", "authplane import FetchSettings, ")
+    program = replace_once(
+        program, "auth=CREDENTIALS", f"auth=CREDENTIALS, fetch_settings={TWO_SECONDS}"
+    )
+    return replace_once(program, "timeout=10", "timeout=3")
+
+
+HASTY = hasty(PROGRAM)
 MASKED = "Error calling tool 'relay'"
 ROWS = table(section(EXAMPLES, "When a call fails"))
 
