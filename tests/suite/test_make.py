@@ -89,38 +89,38 @@ def test_says_what_to_do(sandbox: Sandbox, name: str, value: str, message: str) 
     assert sandbox.leftovers() == []
 
 
-def test_what_others_have_made_is_left_alone(sandbox_with_tier01: Sandbox) -> None:
+def test_what_others_have_made_is_left_alone(guest: Sandbox) -> None:
     """That is an edited .env, a tier 01, and the process that a stale .started names."""
-    other = sandbox_with_tier01.start("sleep", "60")
-    (sandbox_with_tier01.project / ".env").write_text("CLIENT_ID=mine\n")
-    (sandbox_with_tier01.project / ".started").write_text(f"process {other.pid}\n")
-    assert sandbox_with_tier01.make("run").stdout == RUNNING.format(sandbox_with_tier01)
-    wrong = sandbox_with_tier01.make("run", MCP_URL="http://localhost:1/mcp")
+    other = guest.start("sleep", "60")
+    (guest.project / ".env").write_text("CLIENT_ID=mine\n")
+    (guest.project / ".started").write_text(f"process {other.pid}\n")
+    assert guest.make("run").stdout == RUNNING.format(guest)
+    wrong = guest.make("run", MCP_URL="http://localhost:1/mcp")
     assert "http://localhost:1/mcp is no protected MCP server" in wrong.stderr
-    assert sandbox_with_tier01.make("clean").returncode == 0
-    assert status_of(sandbox_with_tier01.mcp_url) == 401
+    assert guest.make("clean").returncode == 0
+    assert status_of(guest.mcp_url) == 401
     assert other.poll() is None
-    assert (sandbox_with_tier01.project / ".env").read_text() == "CLIENT_ID=mine\n"
+    assert (guest.project / ".env").read_text() == "CLIENT_ID=mine\n"
 
 
-def test_installs_the_pinned_packages(sandbox_with_tier01: Sandbox) -> None:
+def test_installs_the_pinned_packages(guest: Sandbox) -> None:
     """It does so whatever pip, Python and the locale are configured to do elsewhere.
 
     The environment is one whose Python has gone.
     """
-    constraint = sandbox_with_tier01.folder / "constraint.txt"
+    constraint = guest.folder / "constraint.txt"
     constraint.write_text("h11==0.0.1\n")
     elsewhere = {"PIP_USER": "1", "PIP_TARGET": "there", "PIP_CONSTRAINT": str(constraint)}
     elsewhere |= {"PYTHONHOME": "/nowhere", "LC_ALL": "none"}
-    break_environment(sandbox_with_tier01.project / ".venv")
-    requirements = sandbox_with_tier01.project / "tests/requirements/agent.txt"
+    break_environment(guest.project / ".venv")
+    requirements = guest.project / "tests/requirements/agent.txt"
     pinned = re.findall(r"(?ms)^(?:h11|idna)==.*?[^\\]$", requirements.read_text())
     for count, printed in ((1, INSTALLING), (2, INSTALLING), (2, "")):
         requirements.write_text("\n".join(pinned[:count]))
-        result = sandbox_with_tier01.make("run", **elsewhere)
-        expected = printed + RUNNING.format(sandbox_with_tier01)
+        result = guest.make("run", **elsewhere)
+        expected = printed + RUNNING.format(guest)
         assert (result.stdout, result.stderr) == (expected, "")
-    installed = sandbox_with_tier01.project.glob(".venv/lib/*/*/*.dist-info")
+    installed = guest.project.glob(".venv/lib/*/*/*.dist-info")
     assert {path.name.split("-")[0] for path in installed} == {"h11", "idna", "pip"}
 
 
