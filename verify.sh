@@ -12,7 +12,7 @@ read_settings
 check_settings
 start_checks
 
-# Step 1. The metadata have the issuer of the tokens. It decides where the agent runs, because the agent must reach it.
+# Step 1. The metadata name the issuer, which the agent must reach: so it decides where the agent runs.
 request_metadata "$AUTHSERVER_URL"
 check "discovery" 200 "is there an authorization server at $AUTHSERVER_URL? make run starts one"
 issuer=$(json_field issuer)
@@ -50,7 +50,8 @@ check "client: registered" 201 "see the log of the authorization server"
 client_id=$(json_field client_id)
 client_secret=$(json_field client_secret)
 request_token "$client_id" "$client_secret" scope=mcp:echo "resource=$RESOURCE_URI"
-check "token: issued" 200 "after 409, the registered uri or scopes can be different from these.$reset"
+check "token: issued" 200 \
+  "if the resource was registered before (409), its uri or its scopes can be different from those in verify.sh.$reset"
 token=$(json_field access_token)
 
 # Step 4. The agent requests a token of its own, and calls the MCP server with it.
@@ -63,7 +64,8 @@ check "wrong secret: rejected" "401 invalid_client" "the authorization server mu
 request_token "$client_id" "$client_secret" scope=mcp:not-granted "resource=$RESOURCE_URI"
 check "scope not granted: rejected" "400 invalid_scope" "the authorization server must not widen scopes"
 request_token "$client_id" "$client_secret" scope=mcp:echo "resource=$RESOURCE_URI/not-registered"
-check "unknown resource: rejected" "400 invalid_(target|scope)" "the authorization server must not know it"
+check "unknown resource: rejected" "400 invalid_(target|scope)" \
+  "the authorization server must reject a resource that is not registered"
 
 # The MCP server accepts only what the authorization server has signed, and only for this audience. Without a resource, the
 # audience of a token is the authorization server. The tampered token has the signature of that other one.

@@ -43,11 +43,12 @@ read_settings() {
 # check_settings: fails if a tool is missing, or a setting is not the URL that it must be.
 check_settings() {
   local name
+  local url='^https?://[^/?#[:space:]"]+[^[:space:]"]*$'
   for name in curl jq; do
     "$name" --version >/dev/null 2>&1 || fail "$name is missing: install it, for example with apt-get or brew install $name"
   done
   for name in AUTHSERVER_URL ADMIN_URL MCP_URL RESOURCE_URI; do
-    [[ ${!name} =~ ^https?://[^/?#[:space:]\"]+[^[:space:]\"]*$ ]] ||
+    [[ ${!name} =~ $url ]] ||
       fail "$name=${!name}: it must begin with http:// or https:// and a host"
   done
 }

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from sandbox import ROOT, Sandbox
+from sandbox import ROOT
 
 README = (ROOT / "README.md").read_text()
 EXAMPLES = (ROOT / "tests/examples/README.md").read_text()
@@ -24,13 +24,6 @@ def table(text: str) -> list[list[str]]:
     """Return the cells of the only table, without its head."""
     rows = re.findall(r"(?m)^\| (.*) \|$", text)
     return [row.split(" | ") for row in rows[1:]]
-
-
-def with_ports(text: str, sandbox: Sandbox) -> str:
-    """Return text of a page with the ports of a sandbox."""
-    for default, own in zip((9000, 9001, 8080), sandbox.ports, strict=True):
-        text = text.replace(f"localhost:{default}", f"localhost:{own}")
-    return text
 
 
 def make_environment(folder: Path, python: Path) -> None:

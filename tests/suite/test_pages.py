@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from authserver_client import Credentials, status_of
-from pages import EXAMPLES, README, blocks, make_environment, section, table, with_ports
+from pages import EXAMPLES, README, blocks, make_environment, section, table
 from sandbox import PYTHON, ROOT, Sandbox, wait_until
 
 RELAY_SERVER = (ROOT / "tests/examples/relay_server.py").read_text()
@@ -56,7 +56,7 @@ def test_token(servers: Sandbox, credentials: Credentials) -> None:
     form = {"scope": "mcp:echo", "resource": servers.mcp_url}
     token = servers.authserver.token(credentials, **form)
     header, claims = (json.loads(urlsafe_b64decode(f"{x}==")) for x in token.split(".")[:2])
-    [text] = blocks(with_ports(README, servers), "json")
+    [text] = blocks(servers.with_ports(README), "json")
     shown_header, shown_claims = map(json.loads, text.split("\n", 1))
     assert header == shown_header | {"kid": header["kid"]}
     assert claims["exp"] - claims["iat"] == shown_claims["exp"] - shown_claims["iat"]
@@ -71,7 +71,7 @@ def test_run_it(sandbox: Sandbox) -> None:
     [shown] = blocks(section(README, "Run it"), "text")
     result = sandbox.run("bash", "-c", verify)
     assert result.stderr == ""
-    assert shown.splitlines()[0] + "\n" + result.stdout == with_ports(shown, sandbox)
+    assert shown.splitlines()[0] + "\n" + result.stdout == sandbox.with_ports(shown)
     assert sandbox.make("clean").returncode == 0
     assert sandbox.leftovers() == []
 
@@ -81,7 +81,7 @@ def test_steps_and_server(sandbox: Sandbox) -> None:
 
     What to install is resolved only.
     """
-    steps = blocks(with_ports(section(README, "Step by step"), sandbox), "sh")
+    steps = blocks(sandbox.with_ports(section(README, "Step by step")), "sh")
     serve, call_tool, clean_up = blocks(section(README, "In your server"), "sh")
     assert serve.startswith(".venv/bin/python -m venv relay\nrelay/bin/pip install ")
     make_environment(sandbox.project / "relay", PYTHON)

@@ -18,7 +18,7 @@ from fastmcp import Client
 
 from authserver_client import ADMIN_KEY, Credentials, status_of
 from fakes import StartFake, http_response, proxy_to, respond_to
-from pages import EXAMPLES, README, blocks, make_environment, section, table, with_ports
+from pages import EXAMPLES, README, blocks, make_environment, section, table
 from sandbox import PYTHON, ROOT, NewSandbox, Sandbox, replace_once, wait_until
 
 pytestmark = pytest.mark.anyio
@@ -260,7 +260,7 @@ def test_protect_your_server(servers: Sandbox, new_sandbox: NewSandbox) -> None:
         "PORT": port,
         "FASTMCP_CHECK_FOR_UPDATES": "off",
     }
-    text = with_ports("".join(script), servers).replace("8081", port)
+    text = servers.with_ports("".join(script)).replace("8081", port)
     result = sandbox.run("bash", "-ec", text, **settings)
     assert "hello" in result.stdout, result
     assert result.returncode == 0, result
