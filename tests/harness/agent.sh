@@ -24,6 +24,7 @@ run_agent() {
   wait "$agent_pid" || exit_status=$?
   agent_pid=''
   result="exit $exit_status, $(tail -n 1 "$work/agent")"
+  status='' # there is no response for check to show
 }
 
 # become_agent ISSUER ID SECRET: replaces this process by the agent, with its settings, on this host or in a container.

@@ -16,7 +16,7 @@ fail() {
   exit 1
 }
 
-# read_settings: sets what .env.example names. The environment wins over .env, and .env over .env.example: the first that
+# read_settings: sets the names in capital letters of .env and .env.example. The environment wins over .env, and .env over .env.example: the first that
 # sets a name. The files are read, not executed, and nothing is exported.
 read_settings() {
   local file line name value
@@ -49,7 +49,7 @@ check_settings() {
   done
   for name in AUTHSERVER_URL ADMIN_URL MCP_URL RESOURCE_URI; do
     [[ ${!name} =~ $url ]] ||
-      fail "$name=${!name}: it must begin with http:// or https:// and a host"
+      fail "$name=${!name}: it must be an http or https URL, without spaces and quotes"
   done
 }
 

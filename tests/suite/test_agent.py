@@ -157,6 +157,10 @@ FAILURES: dict[str, tuple[Response, str]] = {
     ),
     "HTML": (http_response("200 OK", "<html>"), "JSONDecodeError('Expecting value: line 1"),
     "JSON-RPC error": (http_response("200 OK", ERROR), 'no response of demo-server: {"id": 1, "er'),
+    "JSON-RPC error in a stream": (
+        [byte_by_byte(f"data: {ERROR}\n\n"), None],
+        'no response of demo-server: {"id": 1, "er',
+    ),
     "another server": (http_response("200 OK", OTHER_SERVER), '{"name": "other-server"}'),
     "another id": (http_response("200 OK", OTHER_ID), '"id": 2, '),
     "no response": (byte_by_byte(PING) + b"0\r\n\r\n", "the stream ended without a response"),

@@ -94,10 +94,18 @@ def test_the_first_that_sets_a_name_wins(guest: Sandbox) -> None:
     assert not (guest.project / "ran").exists()
 
 
-@pytest.mark.parametrize("name", ["AUTHSERVER_URL", "ADMIN_URL", "MCP_URL", "RESOURCE_URI"])
-def test_a_setting_that_is_no_url(guest: Sandbox, name: str) -> None:
-    result = guest.verify(**{name: "localhost"})
-    assert result.stderr.startswith(f"verify.sh: {name}=localhost: it must begin with http")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AUTHSERVER_URL", "localhost"),
+        ("ADMIN_URL", "http://?"),
+        ("MCP_URL", "http://a b"),
+        ("RESOURCE_URI", 'http://a/"'),
+    ],
+)
+def test_a_setting_that_is_no_url(guest: Sandbox, name: str, value: str) -> None:
+    result = guest.verify(**{name: value})
+    assert result.stderr.startswith(f"verify.sh: {name}={value}: it must be an http")
     assert result.stdout == ""
 
 
@@ -113,7 +121,7 @@ INVALID_URI = http_response("500 Oops", '{"detail": "the uri is invalid"}')
 WITHOUT_SECRET = http_response("201 Created", '{"client_id": "A-SECRET"}')
 
 
-def issuer(text: str) -> Change:
+def with_issuer(text: str) -> Change:
     return respond_to(b"GET", http_response("200 OK", json.dumps({"issuer": text})))
 
 
@@ -133,12 +141,9 @@ WRONG: dict[str, dict[str, Change]] = {
         "got 404 (the page): is there an authorization server at": respond_to(b"GET", NOT_FOUND),
         "discovery: expected 200, got 302: ": respond_to(b"GET", REDIRECT),
         'the response (200) is not a JSON object with "issuer"': respond_to(b"GET", HTML),
-        "ftp://x?[31m??ALL: it must begin with http": issuer("ftp://x\x1b[31m\r\nALL"),
-        "http://no.invalid is not reachable from this host": issuer("http://no.invalid"),
+        "ftp://x?[31m??ALL: it must begin with http": with_issuer("ftp://x\x1b[31m\r\nALL"),
+        "http://no.invalid is not reachable from this host": with_issuer("http://no.invalid"),
         "token: issued: expected 200, got 400 ?[31m??ALL?": respond_to(b"POST", HOSTILE),
-        "wrong secret: rejected: expected 401 invalid_client, got 400": replacing(
-            b" 401 ", b" 400 "
-        ),
         "wrong secret: rejected: expected 401 invalid_client, got 401 invalid_target": replacing(
             b"invalid_client", b"invalid_target"
         ),
@@ -224,7 +229,7 @@ def test_metadata_of_the_issuer(start_fake: StartFake, guest: Sandbox) -> None:
     """RFC 8414, section 3.1: the path comes last. It is one request, whatever brackets it has."""
     other = start_fake(lambda _: http_response("200 OK", "<html>"))
     url = f"{other.url.replace('localhost', '0.0.0.0')}/[1-9]/"  # noqa: S104
-    result = guest.verify(**behind_fakes(guest, start_fake, {"AUTHSERVER_URL": issuer(url)}))
+    result = guest.verify(**behind_fakes(guest, start_fake, {"AUTHSERVER_URL": with_issuer(url)}))
     [error] = result.stderr.splitlines()
     assert "is not reachable from this host" in error  # what responds is no such issuer
     [request] = other.requests
@@ -281,6 +286,9 @@ def test_its_requests_to_the_mcp_server_are_the_agents(
         assert json.loads(request.body) == json.loads(agents.body)
         for name in ("accept", "content-type"):
             assert request.headers[name] == agents.headers[name]
+    tampered, other = (each.headers["authorization"].split(".") for each in others)
+    assert tampered[:2] != other[:2]
+    assert tampered[2:] == other[2:]  # only the signature is that of another token
 
 
 SECRET = r'(?:client_secret":|access_token":|authorization: \w+ )"?([^"\r]+)'
@@ -308,7 +316,14 @@ def test_shows_no_secret(start_fake: StartFake, guest: Sandbox) -> None:
     assert len(secrets) == 8  # admin key, client secret, two Basic credentials, four tokens
     shown = result.stdout + result.stderr + record.read_text()
     assert [secret for secret in secrets if secret in shown] == []
-    for recorded in ("curl --disable", "jq -nr", "'agent.py'", "'CLIENT_SECRET'", "'EXPORTED'"):
+    for recorded in (
+        "curl --disable",
+        "--max-time 10",
+        "jq -nr",
+        "'agent.py'",
+        "'CLIENT_SECRET'",
+        "'EXPORTED'",
+    ):
         assert recorded in shown
     assert "'AUTHPLANE_ADMIN_API_KEY'" not in shown
 

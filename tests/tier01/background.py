@@ -23,7 +23,7 @@ PASSED_ON = (
     "RESOURCE_URI",
     "MCP_SERVER_NAME",
     "TOKEN_SECONDS",
-    "HOME",
+    "HOME",  # FastMCP looks for it
     "LD_LIBRARY_PATH",  # of a Python that isn't the system's
 )
 
@@ -45,7 +45,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def lock(log: IO[str]) -> bool:
+def try_lock(log: IO[str]) -> bool:
     """Take the lock until the log is closed. Return False if serve.py has it, which is running."""
     try:
         flock(log, LOCK_EX | LOCK_NB)
@@ -55,12 +55,16 @@ def lock(log: IO[str]) -> bool:
 
 
 def start() -> None:
-    """Return when it is ready. If it is interrupted, or fails, nothing of it is left."""
+    """Start serve.py, and return when it is ready.
+
+    If this is interrupted, or serve.py fails, nothing is left of what this has started.
+    """
+    server = None
     interrupted: list[int] = []
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
         signal.signal(number, lambda number, _: interrupted.append(number))
     with LOG.open("a") as log:
-        if lock(log):
+        if try_lock(log):
             log.truncate(0)
             server = subprocess.Popen(
                 [sys.executable, Path(__file__).with_name("serve.py")],
@@ -75,9 +79,10 @@ def start() -> None:
     while not ended and not interrupted and "\nready\n" not in LOG.read_text():
         time.sleep(0.05)
         with LOG.open() as log:
-            ended = lock(log)
+            ended = try_lock(log)
     if interrupted:
-        stop()
+        if server:
+            stop()
         sys.exit(130)
     if ended:
         lines = re.findall(r"\w.*", LOG.read_text())  # a traceback can end with dashes
@@ -86,9 +91,9 @@ def start() -> None:
 
 
 def stop() -> None:
-    """Return when it has ended."""
+    """Kill serve.py, and return when it has ended."""
     with suppress(FileNotFoundError), LOG.open("r+") as log:
-        if not lock(log):
+        if not try_lock(log):
             pid = int(log.readline().removeprefix("process "))
             os.kill(pid, signal.SIGKILL)  # it has nothing to save
             flock(log, LOCK_EX)  # when it has ended
