@@ -176,7 +176,7 @@ CASES = {
     "resource": Case("`InvalidTargetError`", "[OTHER_RESOURCE]", '["http://a"]'),
     "scope": Case("`InvalidScopeError`", '["mcp:echo"]', '["mcp:a"]'),
     "audience": Case(REJECTED, "[OTHER_RESOURCE]", "[]"),
-    "other server": Case("`Client failed to connect`", "(OTHER_URL", '("http://localhost:1"'),
+    "other server": Case("`Client failed to connect: All", "(OTHER_URL", '("http://localhost:1"'),
 }
 NO_TRACEBACK = {
     "tool's scope": Case("the other server's tool needs", '["mcp:echo"]', '["mcp:other"]'),
