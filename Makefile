@@ -59,4 +59,4 @@ clean: ## Stop and remove what `make run` has started and made
 	@if cmp -s .env .env.example; then rm .env; fi
 
 .env:
-	@umask 077 && cp .env.example .env
+	@umask 077 && cat .env.example >.env # cp fails if another make creates it at the same moment
