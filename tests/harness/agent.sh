@@ -31,7 +31,6 @@ run_agent() {
 become_agent() {
   export AUTHPLANE_ISSUER=$1 CLIENT_ID=$2 CLIENT_SECRET=$3
   export RESOURCE_URI MCP_URL MCP_SERVER_NAME AUTHPLANE_DEV_MODE
-  if [[ $1 = https://* ]]; then AUTHPLANE_DEV_MODE=''; fi # it is for plain http, and .env.example has it
   if [ -n "$network" ]; then
     export TIER01_NETWORK=$network
     exec docker compose --env-file /dev/null run --rm --no-TTY --name "$container" agent

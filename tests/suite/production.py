@@ -62,15 +62,13 @@ def use_tls(sandbox: Sandbox) -> None:
         "ADMIN_URL": f"https://localhost:{admin}",
         "MCP_URL": sandbox.mcp_url,
         "RESOURCE_URI": sandbox.mcp_url,
+        "AUTHPLANE_DEV_MODE": "",
         "SSL_CERT_FILE": "authorities.pem",
     }
 
 
 def check_agent(sandbox: Sandbox) -> None:
-    """MCP server and agent reject a private address until they are edited.
-
-    The development mode, which .env.example has, is on only for plain http.
-    """
+    """MCP server and agent reject a private address until they are edited."""
     sandbox.serve()
     last = sandbox.log.read_text().splitlines()[-1]
     assert last.startswith(f"mcp_server.py: the authorization server {sandbox.issuer}: "), last

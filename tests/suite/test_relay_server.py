@@ -179,8 +179,8 @@ CASES = {
     "other server": Case("`Client failed to connect: All", "(OTHER_URL", '("http://localhost:1"'),
 }
 NO_TRACEBACK = {
-    "tool's scope": Case("the other server's tool needs", '["mcp:echo"]', '["mcp:other"]'),
-    "tool's error": Case("the other server's tool failed", '{"text": text}', "{}"),
+    "tool's scope": Case("The other server's tool needs", '["mcp:echo"]', '["mcp:other"]'),
+    "tool's error": Case("The other server's tool failed", '{"text": text}', "{}"),
 }
 
 
