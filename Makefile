@@ -13,10 +13,10 @@ export LC_ALL := C
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
 
-run: .env ## Prepare the agent; start a stand-in for tier 01 unless a tier 01 is running
+run: .env ## Prepare the agent, and start a stand-in for tier 01 unless a tier 01 is running
 	@bash tests/harness/start.sh
 
-verify: run ## Run the agent; check what is accepted and what is rejected
+verify: run ## Run the agent, and check what the servers accept and reject
 	@bash verify.sh
 
 diff: ## Show what authentication adds to the same client without it
@@ -50,8 +50,9 @@ lock: ## Pin the newest versions that pyproject.toml allows
 
 clean: ## Stop and remove what `make run` has started and made
 	@for python in tests/.venv/bin/python $(PY) python3; do \
-	  if [ -e .started ]; then $$python -I tests/tier01/background.py stop; fi; \
+	  if [ -e .started ] && command -v $$python >/dev/null; then $$python -I tests/tier01/background.py stop; fi; \
 	done
+	@# Compose must not read .env
 	@image=$$(docker compose --env-file /dev/null config --images 2>/dev/null); \
 	  if docker image inspect "$$image" >/dev/null 2>&1; then docker compose --env-file /dev/null down --rmi local; fi
 	@rm -rf .venv tests/.venv .pytest_cache .ruff_cache
@@ -59,4 +60,5 @@ clean: ## Stop and remove what `make run` has started and made
 	@if cmp -s .env .env.example; then rm .env; fi
 
 .env:
-	@umask 077 && cat .env.example >.env # cp fails if another make creates it at the same moment
+	@# not cp, which fails if another make creates the file at the same moment
+	@umask 077 && cat .env.example >.env

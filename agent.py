@@ -1,4 +1,4 @@
-"""Call a protected MCP server: POST `initialize`, and check which server responds."""
+"""Call a protected MCP server: POST `initialize`, and check that the expected server responds."""
 
 import asyncio
 import contextlib
@@ -15,12 +15,12 @@ INITIALIZE = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": PARAM
 
 
 async def main() -> None:
-    """Print the response; raise an exception unless it is that of the expected server."""
+    """Print the response. Raise an exception if it isn't that of the expected server."""
     url = environ["MCP_URL"]
     expected = environ.get("MCP_SERVER_NAME") or "demo-server"
     headers = {"Accept": "application/json, text/event-stream"}
     # authplane:begin
-    # all that authentication adds, up to the other mark: `make diff` shows and counts it
+    # authentication adds only the lines between the two marks; `make diff` shows and counts them
     from authplane import ASCredentials, AuthplaneClient
 
     credentials = ASCredentials(environ["CLIENT_ID"], environ["CLIENT_SECRET"])
@@ -38,8 +38,9 @@ async def main() -> None:
             with contextlib.suppress(httpx.HTTPError):
                 await http.delete(url, headers=headers | {"Mcp-Session-Id": session})
     match reply:
-        case {"id": 1, "result": {"serverInfo": {"name": str(name)}}} if name == expected:
-            print(json.dumps(reply), "MCP initialize OK", sep="\n")
+        case {"id": 1, "result": {"serverInfo": {"name": name}}} if name == expected:
+            print(json.dumps(reply))
+            print("MCP initialize OK")
         case _:
             raise ValueError(f"no response of {expected}: {json.dumps(reply)}")
 
@@ -57,7 +58,7 @@ async def read_reply(response: httpx.Response) -> object:
         *events, stream = re.split(rb"\r\n\r\n|\n\n|\r\r", stream + chunk)  # at blank lines
         for event in events:
             data = b"".join(line[5:] for line in event.splitlines() if line.startswith(b"data:"))
-            if data.lstrip().startswith(b"{"):  # a ping, for example, can be no JSON object
+            if data.lstrip().startswith(b"{"):  # skips what isn't a JSON object
                 reply = json.loads(data)
                 if reply.get("id") == 1 and ("result" in reply or "error" in reply):
                     return reply
@@ -65,12 +66,14 @@ async def read_reply(response: httpx.Response) -> object:
 
 
 if __name__ == "__main__":
-    logging.getLogger("authplane").addHandler(logging.NullHandler())  # the SDK raises what it logs
-    logging.captureWarnings(True)  # the SDK imports a deprecated module
+    # one line for each failure: the SDK raises what it logs, and warns of a deprecated module
+    logging.getLogger("authplane").addHandler(logging.NullHandler())
+    logging.captureWarnings(True)
     try:
         asyncio.run(asyncio.wait_for(main(), timeout=30))
     except (TimeoutError, UnicodeError, httpx.LocalProtocolError) as error:
-        raise SystemExit(f"agent: {type(error).__name__}") from None  # no text: it can show a token
+        # the text of such an error can contain the token
+        raise SystemExit(f"agent: {type(error).__name__}") from None
     except httpx.RequestError as error:
         raise SystemExit(f"agent: {error.request.url}: {error!r}") from None
     except Exception as error:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The steps of README.md, with a check of what the servers accept and reject. What it calls is in tests/harness:
-# request_… in requests.sh, run_agent in agent.sh, check in checks.sh.
+# Goes through the steps of README.md, and checks what the servers accept and reject. The functions that it calls are in
+# tests/harness: request_… in requests.sh, run_agent in agent.sh, check in checks.sh.
 set -euo pipefail
 CDPATH='' cd "$(dirname "$0")"
 . tests/harness/settings.sh
@@ -10,18 +10,15 @@ CDPATH='' cd "$(dirname "$0")"
 
 read_settings
 check_settings
-start_checks
+prepare_clean_up
 
-# Step 1. The metadata name the issuer, which the agent must reach: so it decides where the agent runs.
+# Step 1. Read the issuer from the metadata. The agent runs on this host if it can reach the issuer, and otherwise in a
+# container.
 request_metadata "$AUTHSERVER_URL"
 check "discovery" 200 "is there an authorization server at $AUTHSERVER_URL? make run starts one"
 issuer=$(json_field issuer)
-verdict="ALL CHECKS PASSED"
-reset=''
-if is_stand_in; then
-  verdict="ALL CHECKS PASSED (by a stand-in)"
-  reset=" make clean also resets the stand-in."
-fi
+passed="ALL CHECKS PASSED"
+if is_stand_in; then passed+=" (by a stand-in)"; fi
 find_network "$issuer"
 printf '  the agent runs %s\n' "$(printable "$runtime")"
 
@@ -29,7 +26,7 @@ printf '  the agent runs %s\n' "$(printable "$runtime")"
 request_mcp ''
 check "no token: rejected" "401 bearer resource_metadata" "is there a protected MCP server at $MCP_URL?"
 
-# Step 2. The uri of the resource becomes the audience of tokens. 409: an earlier run has registered it.
+# Step 2. Register the resource. Its uri becomes the audience of the tokens. 409 means that an earlier run has registered it.
 request_admin POST resources --data '{
   "slug": "demo-mcp",
   "uri": "'"$RESOURCE_URI"'",
@@ -37,9 +34,9 @@ request_admin POST resources --data '{
   "display_name": "Demo MCP",
   "scopes": [{"name": "mcp:echo", "description": "echo tool"}]
 }'
-check "resource: registered" "201|409" "are AUTHPLANE_ADMIN_API_KEY and ADMIN_URL those of this authorization server?$reset"
+check "resource: registered" "201|409" "are AUTHPLANE_ADMIN_API_KEY and ADMIN_URL those of this authorization server?"
 
-# Step 3. Each run registers a new client, because a client's secret is shown only once.
+# Step 3. Register a new client, because the secret of an earlier one can't be read again.
 request_admin POST clients --data '{
   "client_name": "demo-agent-client",
   "grant_types": ["client_credentials"],
@@ -51,10 +48,10 @@ client_id=$(json_field client_id)
 client_secret=$(json_field client_secret)
 request_token "$client_id" "$client_secret" scope=mcp:echo "resource=$RESOURCE_URI"
 check "token: issued" 200 \
-  "if the resource was registered before (409), its uri or its scopes can be different from those in verify.sh.$reset"
+  "if the resource demo-mcp was registered earlier (409), with another uri or other scopes, delete it first"
 token=$(json_field access_token)
 
-# Step 4. The agent requests a token of its own, and calls the MCP server with it.
+# Step 4. Run the agent, which requests a token of its own, and calls the MCP server with it.
 run_agent "$issuer" "$client_id" "$client_secret"
 check "agent: accepted" "exit 0, MCP initialize OK" "see When the agent fails in README.md"
 
@@ -67,8 +64,9 @@ request_token "$client_id" "$client_secret" scope=mcp:echo "resource=$RESOURCE_U
 check "unknown resource: rejected" "400 invalid_(target|scope)" \
   "the authorization server must reject a resource that is not registered"
 
-# The MCP server accepts only what the authorization server has signed, and only for this audience. Without a resource, the
-# audience of a token is the authorization server. The tampered token has the signature of that other one.
+# The MCP server accepts only tokens that the authorization server has signed, and only those for its own audience. A token that
+# is requested without a resource has another audience, the authorization server. The tampered token is the good token with the
+# signature of this other token.
 request_token "$client_id" "$client_secret" scope=mcp:echo
 check "token without resource: issued" 200 "see the log of the authorization server"
 other_token=$(json_field access_token)
@@ -77,9 +75,9 @@ check "tampered token: rejected" "401.*" "the MCP server must verify the signatu
 request_mcp "$other_token"
 check "different audience: rejected" "401.*" "the MCP server must compare the audience with $RESOURCE_URI"
 
-# A deleted client gets no token any more.
+# A deleted client can't get a token.
 delete_client "$client_id"
 check "client: deleted" 204 "delete the client manually"
 request_token "$client_id" "$client_secret" scope=mcp:echo "resource=$RESOURCE_URI"
 check "deleted client: rejected" "401 invalid_client" "the authorization server must reject a deleted client"
-echo "$verdict"
+echo "$passed"

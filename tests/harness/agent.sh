@@ -1,14 +1,16 @@
 # shellcheck shell=bash
-# Where the agent runs, and how. Sourced after requests.sh.
+# Finds out where the agent has to run, and runs it there. Sourced after requests.sh.
 
-# find_network ISSUER: sets network to the Docker network in which the agent must run to reach the issuer, empty if it runs
-# on this host; and runtime to the same in words. It is the network of the container that publishes the port of AUTHSERVER_URL.
+# find_network ISSUER: finds out whether this host can reach the issuer, or only a container can. Sets
+#   network  the Docker network in which the agent must run; empty if it runs on this host
+#   runtime  the same in words
+# The network is that of the container that publishes the port of AUTHSERVER_URL.
 find_network() {
   network=''
   runtime="on this host: the issuer is $1"
-  if [ "$1" = "$AUTHSERVER_URL" ]; then return; fi # it has just responded
+  if [ "$1" = "$AUTHSERVER_URL" ]; then return; fi # this URL has just responded
   request_metadata "$1"
-  # a company's proxy can respond for every name: only the same issuer counts
+  # a company's proxy can respond to any URL, so the response has to name this issuer
   if [ "$status" = 200 ] && [ "$(jq -r .issuer "$work/body" 2>/dev/null)" = "$1" ]; then return; fi
   network=$(docker ps --filter "publish=${AUTHSERVER_URL##*:}" --format '{{.Networks}}' 2>/dev/null) || network=''
   runtime="in network $network: the issuer $1 is not reachable from this host"
@@ -16,27 +18,30 @@ find_network() {
 }
 
 # run_agent ISSUER ID SECRET: runs the agent as this client. Sets result to its exit status and the last line that it prints.
-# In the background, because bash runs a trap only between commands, or while it waits; agent_pid is for clean_up.
+# The agent runs in the background, because bash can run a trap while it waits for such a process, and can't while a command
+# runs. clean_up needs agent_pid.
 run_agent() {
   local exit_status=0
-  become_agent "$@" >"$work/agent" 2>&1 </dev/null &
+  exec_agent "$@" >"$work/agent" 2>&1 &
   agent_pid=$!
   wait "$agent_pid" || exit_status=$?
   agent_pid=''
   result="exit $exit_status, $(tail -n 1 "$work/agent")"
-  status='' # there is no response for check to show
+  status='' # check has no response to show
 }
 
-# become_agent ISSUER ID SECRET: replaces this process by the agent, with its settings, on this host or in a container.
-become_agent() {
+# exec_agent ISSUER ID SECRET: replaces this process with the agent, on this host or in a container.
+exec_agent() {
   export AUTHPLANE_ISSUER=$1 CLIENT_ID=$2 CLIENT_SECRET=$3
   export RESOURCE_URI MCP_URL MCP_SERVER_NAME AUTHPLANE_DEV_MODE
   if [ -n "$network" ]; then
     export TIER01_NETWORK=$network
+    # Compose must not read .env: the settings are exported
     exec docker compose --env-file /dev/null run --rm --no-TTY --name "$container" agent
   fi
-  if is_local "$1" && is_local "$MCP_URL"; then # whatever proxy and certificates are configured
-    export no_proxy='*'                         # Python prefers lower case
+  # servers on this host need no proxy and no certificates, whatever is configured
+  if is_local "$1" && is_local "$MCP_URL"; then
+    export no_proxy='*' # Python prefers it to NO_PROXY
     unset SSL_CERT_FILE SSL_CERT_DIR
   fi
   exec .venv/bin/python -I agent.py

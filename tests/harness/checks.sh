@@ -1,9 +1,10 @@
 # shellcheck shell=bash
-# The checks of verify.sh, and the end of its run. Sourced after agent.sh.
+# Compares what the servers respond, and cleans up. Sourced after agent.sh.
 
-# start_checks: names what a run makes. clean_up removes it, however the run ends.
-start_checks() {
-  client_id='' # of the client that the run registers, never that of .env
+# prepare_clean_up: makes the folder $work, and calls clean_up at the end of the run, however it ends. Sets what clean_up
+# looks at, also if the run ends early.
+prepare_clean_up() {
+  client_id='' # the client that this run registers, never the one in .env
   agent_pid=''
   container=02-agent-$$-$RANDOM
   network=''
@@ -12,10 +13,12 @@ start_checks() {
   trap 'exit 1' HUP INT QUIT TERM
 }
 
-# check NAME EXPECTED HELP: prints result; exit 1 unless it is EXPECTED, a regular expression. An error of the server is
-# shown then. Other responses are not, because they can have a token or a secret.
+# check NAME EXPECTED HELP: prints result, and fails unless it matches EXPECTED, a regular expression. The message has HELP, and
+# the response if the server responded with an error. Another response is never shown, because it can contain a token or a
+# secret.
 check() {
-  local shown reason=''
+  local reason=''
+  local shown
   shown=$(printable "$result")
   if [[ $result =~ ^($2)$ ]]; then
     printf '✓ %-30s %s\n' "$1" "$shown"
@@ -29,7 +32,7 @@ check() {
   fail "$1: expected $2, got ${shown:0:300}${reason:+ ($reason)}: $3"
 }
 
-# clean_up: ends the agent, deletes the client, and removes the files.
+# clean_up: ends the agent, deletes the client, removes the files, and ends with the exit status of the run.
 clean_up() {
   local exit_status=$?
   set +e
@@ -39,13 +42,14 @@ clean_up() {
     wait "$agent_pid" 2>/dev/null
     if [ -n "$network" ]; then docker rm --force "$container" >/dev/null 2>&1; fi
   fi
-  if [ -z "$client_id" ]; then # it can be in the last response
+  if [ -z "$client_id" ]; then # the run may have ended before it read the id in the response
     client_id=$(jq -r '.client_id | strings' "$work/body" 2>/dev/null)
   fi
   if [ -n "$client_id" ]; then
     delete_client "$client_id"
     case $status in
-      204 | 400 | 404) ;; # deleted now, or before
+      204) ;;       # it is deleted
+      400 | 404) ;; # the server doesn't know it: the run has deleted it
       *) printf 'verify.sh: client %s was not deleted (%s): delete it manually\n' "$(printable "$client_id")" "$status" >&2 ;;
     esac
   fi

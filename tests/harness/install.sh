@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# install.sh FOLDER NAME: installs tests/requirements/NAME.txt into the virtual environment FOLDER. One that is half-made,
-# whose Python was upgraded or is gone, or is not PY, is made anew. With -I, Python ignores what is set for other programs.
+# install.sh FOLDER NAME: installs tests/requirements/NAME.txt into the virtual environment FOLDER. Makes the environment if it
+# is missing, and makes it again if it is incomplete, if its Python is gone, or if PY names another version.
+# Python runs with -I, so that it ignores the environment's settings for other programs.
 set -euo pipefail
 folder=$1
 requirements=tests/requirements/$2.txt
@@ -21,14 +22,15 @@ if usable; then
   if cmp -s "$requirements" "$installed"; then exit; fi
 else
   python=''
-  for candidate in ${PY:-python3.14 python3.13 python3.12 python3}; do
+  candidates=${PY:-python3.14 python3.13 python3.12 python3}
+  for candidate in $candidates; do
     if version_of "$candidate" >/dev/null; then
       python=$candidate
       break
     fi
   done
   if [ -z "$python" ]; then
-    echo "install.sh: no Python 3.12 or newer: install one, or name it, for example make PY=python3.13" >&2
+    echo "install.sh: no Python 3.12 or newer: install one, or name it, as in make PY=python3.13 (tried: $candidates)" >&2
     exit 1
   fi
   rm -rf "$folder"
@@ -36,6 +38,7 @@ else
 fi
 
 echo "installing $requirements into $folder"
+# what people set for their own packages would change where pip installs these, or whether it does
 unset PIP_CONSTRAINT PIP_DRY_RUN PIP_PREFIX PIP_ROOT PIP_TARGET
 PIP_USER=0 "$folder/bin/python" -I -m pip install --quiet --disable-pip-version-check --no-compile -r "$requirements"
 cp "$requirements" "$installed"

@@ -1,17 +1,19 @@
 # shellcheck shell=bash
-# Requests to the three servers. Sourced after settings.sh; $work is a folder for what they write.
+# Sends requests to the authorization server, its admin API and the MCP server. Sourced after settings.sh; $work is a folder
+# for the responses.
 #
-# Each function sets what the next lines of a script look at:
+# Each function that sends a request sets
 #   url         where the request went
 #   status      the HTTP status, or "no response"
-#   result      what check compares: the status, and what else matters of this response
+#   result      what check compares: the status, and what else matters in this response
 #   curl_error  why there was no response
-# The response is in the files headers and body of $work.
+# and leaves the response in the files headers and body of $work.
 
 # request METHOD URL HEADERS [CURL OPTION]…: sends any request.
 request() {
   local method=$1 headers=$3
-  local options=(--disable --silent --show-error --max-time 10 --globoff) # a URL with [1-9] in it is one URL
+  # --disable: curl must not read ~/.curlrc. --globoff: it must not expand brackets in a URL
+  local options=(--disable --silent --show-error --max-time 10 --globoff)
   url=$2
   shift 3
   if is_local "$url"; then options+=(--noproxy '*'); fi
@@ -19,8 +21,8 @@ request() {
   options+=(--dump-header "$work/headers" --output "$work/body" --write-out '%{http_code}')
   : >"$work/headers"
   : >"$work/body"
-  # The headers reach curl by standard input, because other processes can read arguments. While curl runs, signals are
-  # ignored: the response to a registration has the id of the client that must be deleted.
+  # The headers reach curl through its standard input, because other processes can read its arguments. Signals are ignored while
+  # curl runs, because the response to a registration has the id of the client, which clean_up has to delete.
   status=$(
     trap '' HUP INT QUIT TERM
     printf '%s\n' "$headers" | curl "${options[@]}" 2>"$work/curl"
@@ -35,7 +37,8 @@ json_field() {
     fail "$url: the response ($status) is not a JSON object with \"$1\""
 }
 
-# request_metadata URL: requests an authorization server's metadata; RFC 8414, section 3.1, inserts the path.
+# request_metadata ISSUER: requests the metadata of an authorization server. The path of the issuer comes last (RFC 8414,
+# section 3.1).
 request_metadata() {
   [[ $1 =~ ^(https?://[^/]+)(.*)$ ]] || fail "the issuer $1: it must begin with http:// or https:// and a host"
   request GET "${BASH_REMATCH[1]}/.well-known/oauth-authorization-server${BASH_REMATCH[2]%/}" ''
@@ -53,12 +56,12 @@ Content-Type: application/json"
   request "$method" "$ADMIN_URL/admin/$path" "$headers" "$@"
 }
 
-# delete_client ID: deletes the client, although it can have valid tokens.
+# delete_client ID: deletes a client. force=true, because it can have valid tokens.
 delete_client() { request_admin DELETE "clients/$(jq -nr --arg id "$1" '$id | @uri')?force=true"; }
 
 # request_token ID SECRET [FIELD]…: requests an access token; each FIELD is a name=value of the form (RFC 6749, section
-# 4.4.2). The client authenticates by HTTP Basic, with both halves percent-encoded (section 2.3.1). result has the error
-# code, if there is one.
+# 4.4.2). The client authenticates with HTTP Basic, with its id and its secret percent-encoded (section 2.3.1). result also has
+# the error code, if there is one.
 request_token() {
   local basic error field
   local form=(--data grant_type=client_credentials)
@@ -70,14 +73,13 @@ request_token() {
   if [ -n "$error" ]; then result+=" $error"; fi
 }
 
-# request_mcp TOKEN: POSTs what the agent POSTs, without a token if it is empty. result has what the challenge names of
-# RFC 6750 and RFC 9728.
+# request_mcp TOKEN: POSTs what the agent POSTs, with this token unless it is empty. result also has the words of RFC 6750 and
+# RFC 9728 that are in the challenge (WWW-Authenticate).
 request_mcp() {
   local challenge word
   local headers="Accept: application/json, text/event-stream
 Content-Type: application/json"
-  if [ -n "$1" ]; then headers+="
-Authorization: Bearer $1"; fi
+  if [ -n "$1" ]; then headers+=$'\n'"Authorization: Bearer $1"; fi
   request POST "$MCP_URL" "$headers" --data '{"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {
     "protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "demo-agent", "version": "0.1.0"}}}'
   challenge=$(grep -i '^www-authenticate:' "$work/headers" | tr '[:upper:]' '[:lower:]') || challenge=''

@@ -1,10 +1,11 @@
 # shellcheck shell=bash
-# Settings, and how a script says that it fails. Sourced at the top of the repository by verify.sh and start.sh.
+# Reads the settings, and says what is wrong. Sourced by verify.sh and start.sh, in the top folder of the repository.
 umask 077
-set +o noclobber # SHELLOPTS of the environment can have it
-export LC_ALL=C  # a file or a response may have any bytes
+set +o noclobber # the environment can set it through SHELLOPTS
+export LC_ALL=C  # files and responses can contain any bytes
 
-# printable TEXT: prints at most 900 characters of it, without control characters, whoever wrote it.
+# printable TEXT: prints at most 900 characters of it, with ? for each that isn't printable ASCII: what a server sends must not
+# control the terminal.
 printable() {
   local text=${1:0:900}
   printf '%s' "${text//[![:print:]]/?}"
@@ -16,8 +17,8 @@ fail() {
   exit 1
 }
 
-# read_settings: sets the names in capital letters of .env and .env.example. The environment wins over .env, and .env over .env.example: the first that
-# sets a name. The files are read, not executed, and nothing is exported.
+# read_settings: sets the variables of .env and .env.example that are not set yet. So the environment wins over .env, and .env
+# over .env.example. The files are not executed, and nothing is exported.
 read_settings() {
   local file line name value
   for file in .env .env.example; do
@@ -28,9 +29,17 @@ read_settings() {
       name=${BASH_REMATCH[2]}
       value=${BASH_REMATCH[3]}
       case $value in
-        \"*) value=${value#\"} value=${value%%\"*} ;;
-        \'*) value=${value#\'} value=${value%%\'*} ;;
-        *) value=${value%%[[:space:]]*} ;;
+        \"*)
+          value=${value#\"}
+          value=${value%%\"*}
+          ;;
+        \'*)
+          value=${value#\'}
+          value=${value%%\'*}
+          ;;
+        *)
+          value=${value%%[[:space:]]*}
+          ;;
       esac
       if [ -z "${!name+set}" ]; then printf -v "$name" '%s' "$value"; fi
     done <"$file"
@@ -40,7 +49,7 @@ read_settings() {
   export -n AUTHPLANE_ADMIN_API_KEY # the agent doesn't need it
 }
 
-# check_settings: fails if a tool is missing, or a setting is not the URL that it must be.
+# check_settings: fails if a tool is missing, or if a setting that must be a URL isn't one.
 check_settings() {
   local name
   local url='^https?://[^/?#[:space:]"]+[^[:space:]"]*$'
@@ -48,8 +57,7 @@ check_settings() {
     "$name" --version >/dev/null 2>&1 || fail "$name is missing: install it, for example with apt-get or brew install $name"
   done
   for name in AUTHSERVER_URL ADMIN_URL MCP_URL RESOURCE_URI; do
-    [[ ${!name} =~ $url ]] ||
-      fail "$name=${!name}: it must be an http or https URL, without spaces and quotes"
+    [[ ${!name} =~ $url ]] || fail "$name=${!name}: it must be an http or https URL, without spaces and quotes"
   done
 }
 

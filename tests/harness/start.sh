@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Starts a stand-in for tier 01, unless a tier 01 is running, and prepares the agent.
+# Prepares the agent, and starts a stand-in for tier 01 unless a tier 01 is running.
 set -euo pipefail
 CDPATH='' cd "$(dirname "$0")/../.."
 . tests/harness/settings.sh
@@ -18,22 +18,22 @@ if is_local "$AUTHSERVER_URL" && [ "$status" = "no response" ]; then
   (
     export AUTHSERVER_URL ADMIN_URL MCP_URL AUTHPLANE_ADMIN_API_KEY RESOURCE_URI MCP_SERVER_NAME
     tests/.venv/bin/python -I tests/tier01/background.py start
-  ) || exit # bash 3.2 goes on otherwise
+  ) || exit # -e is not enough for bash 3.2
   request_metadata "$AUTHSERVER_URL"
 fi
 [ "$status" = 200 ] || fail "no authorization server at AUTHSERVER_URL=$AUTHSERVER_URL ($status${curl_error:+, $curl_error})"
 issuer=$(json_field issuer)
-description=$AUTHSERVER_URL
-if is_stand_in; then description+=" (a stand-in: see Run it in README.md)"; fi
+stand_in=''
+if is_stand_in; then stand_in=" (a stand-in: see Run it in README.md)"; fi
 
 find_network "$issuer"
 if [ -z "$network" ]; then
   bash tests/harness/install.sh .venv agent
 else
-  docker compose --env-file /dev/null build --quiet
+  docker compose --env-file /dev/null build --quiet # Compose must not read .env
 fi
 
 request_mcp ''
 [ "$status" = 401 ] ||
   fail "$MCP_URL is no protected MCP server (expected 401, got $status): start it, or correct MCP_URL (no trailing slash)"
-echo "tier 01 is running: $description and $MCP_URL"
+echo "tier 01 is running: $AUTHSERVER_URL$stand_in and $MCP_URL"
