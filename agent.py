@@ -38,7 +38,7 @@ async def main() -> None:
             with contextlib.suppress(httpx.HTTPError):
                 await http.delete(url, headers=headers | {"Mcp-Session-Id": session})
     match reply:
-        case {"id": 1, "result": {"serverInfo": {"name": name}}} if name == expected:
+        case {"id": 1, "result": {"serverInfo": {"name": str(name)}}} if name == expected:
             print(json.dumps(reply))
             print("MCP initialize OK")
         case _:
