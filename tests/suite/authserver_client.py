@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import httpx
 
 ADMIN_KEY = "dev-admin-key-change-me"
-PLAIN: dict[str, Any] = {"trust_env": False, "verify": False}  # without the user's settings
+DIRECT: dict[str, Any] = {"trust_env": False, "verify": False}  # without the user's settings
 
 type Credentials = tuple[str, str]  # client id and secret
 
@@ -18,7 +18,7 @@ class AuthserverClient(NamedTuple):
 
     def admin(self, method: str, path: str, **options: Any) -> httpx.Response:
         """Send a request to the admin API."""
-        options = {"headers": {"Authorization": f"Bearer {ADMIN_KEY}"}} | PLAIN | options
+        options = {"headers": {"Authorization": f"Bearer {ADMIN_KEY}"}} | DIRECT | options
         return httpx.request(method, f"{self.admin_url}/admin/{path}", **options)
 
     def register_resource(self, slug: str, uri: str, scope: str) -> httpx.Response:
@@ -42,7 +42,7 @@ class AuthserverClient(NamedTuple):
     def request_token(self, credentials: Credentials, **form: str) -> httpx.Response:
         """Request an access token with the client_credentials grant, RFC 6749 section 4.4."""
         data = {"grant_type": "client_credentials"} | form
-        return httpx.post(f"{self.url}/oauth/token", auth=credentials, data=data, **PLAIN)
+        return httpx.post(f"{self.url}/oauth/token", auth=credentials, data=data, **DIRECT)
 
     def token(self, credentials: Credentials, **form: str) -> str:
         return self.request_token(credentials, **form).json()["access_token"]
@@ -51,6 +51,6 @@ class AuthserverClient(NamedTuple):
 def status_of(url: str) -> int:
     """Return the HTTP status, 0 when nothing responds."""
     try:
-        return httpx.get(url, **PLAIN).status_code
+        return httpx.get(url, **DIRECT).status_code
     except httpx.TransportError:
         return 0

@@ -1,4 +1,4 @@
-"""The two pages, README.md and tests/examples/README.md, as tests compare and run them."""
+"""The two pages and the programs of the second, as tests compare and run them."""
 
 import re
 from pathlib import Path
@@ -7,6 +7,8 @@ from sandbox import ROOT
 
 README = (ROOT / "README.md").read_text()
 EXAMPLES = (ROOT / "tests/examples/README.md").read_text()
+RELAY_SERVER = (ROOT / "tests/examples/relay_server.py").read_text()
+WITHOUT_SDK = (ROOT / "tests/examples/relay_without_sdk.py").read_text()
 
 
 def section(page: str, heading: str) -> str:

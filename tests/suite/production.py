@@ -95,18 +95,10 @@ def check_relay_server(sandbox: Sandbox) -> None:
     create = "    authplane = await AuthplaneClient.create(ISSUER, auth=CREDENTIALS)"
     program = sandbox.project / "tests/examples/relay_server.py"
     edit(program, create, indent(lines.rstrip(), "    "))
-    client_id, secret = sandbox.authserver.register_client()
     port = free_ports()[0]
     url = f"http://{ADDRESS}:{port}/mcp"
-    settings = sandbox.settings | {
-        "CLIENT_ID": client_id,
-        "CLIENT_SECRET": secret,
-        "OTHER_MCP_URL": sandbox.mcp_url,
-        "OTHER_RESOURCE_URI": sandbox.mcp_url,
-        "PORT": str(port),
-        "FASTMCP_HOST": "0.0.0.0",  # noqa: S104
-        "FASTMCP_CHECK_FOR_UPDATES": "off",
-    }
+    settings = sandbox.relay_settings(sandbox.authserver.register_client(), port)
+    settings["FASTMCP_HOST"] = "0.0.0.0"  # noqa: S104
     server = sandbox.start_logged(PYTHON, program, **settings)
     wait_until(lambda: server.poll() or status_of(url), f"the server, {sandbox.log}")
 

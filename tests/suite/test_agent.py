@@ -17,12 +17,12 @@ type Call = Callable[..., Ended]
 
 AGENT = (ROOT / "agent.py").read_text()
 HASTY = replace_once(replace_once(AGENT, "timeout=10", "timeout=1"), "timeout=30", "timeout=4")
-PLAIN = re.sub("(?s)# authplane:begin.*# authplane:end", "", AGENT)
+WITHOUT_AUTH = re.sub("(?s)# authplane:begin.*# authplane:end", "", AGENT)
 
-METADATA = "GET /.well-known/oauth-authorization-server"
+METADATA_REQUEST = "GET /.well-known/oauth-authorization-server"
 TOKEN = '{"access_token": %s, "token_type": "Bearer", "expires_in": 60}'
-HOSTILE = "\x1b[2J\x9b\u202e"  # escape, C1, right-to-left override
-RESULT = {"serverInfo": {"name": "demo-server"}, "instructions": f"\u2028{HOSTILE}"}
+CONTROLS = "\x1b[2J\x9b\u202e"  # escape, C1, right-to-left override
+RESULT = {"serverInfo": {"name": "demo-server"}, "instructions": f"\u2028{CONTROLS}"}
 REPLY = json.dumps({"jsonrpc": "2.0", "id": 1, "result": RESULT}, ensure_ascii=False)
 OTHER_ID = replace_once(REPLY, '"id": 1', '"id": 2')
 OTHER_SERVER = replace_once(REPLY, "demo-server", "other-server")
@@ -37,7 +37,7 @@ def call(start_fake: StartFake, sandbox: Sandbox) -> Call:
         url = server.url
         metadata = {"issuer": url, "token_endpoint": f"{url}/token", "jwks_uri": f"{url}/jwks"}
         responses = {
-            METADATA: http_response("200 OK", json.dumps(metadata)),
+            METADATA_REQUEST: http_response("200 OK", json.dumps(metadata)),
             "GET /jwks": http_response("200 OK", '{"keys": []}'),
             "POST /token": http_response("200 OK", TOKEN % '"a-token"'),
             "POST /mcp": http_response("200 OK", REPLY, mcp_session_id="s1"),
@@ -73,7 +73,7 @@ def test_what_it_sends(call: Call) -> None:
     result, requests = call({"POST /mcp": reply}, MCP_SERVER_NAME="other-server")
     assert (result.returncode, result.stderr) == (0, "")
     sent = [f"{each.method} {each.path}" for each in requests]
-    assert sent == [METADATA, "GET /jwks", "POST /token", "POST /mcp", "DELETE /mcp"]
+    assert sent == [METADATA_REQUEST, "GET /jwks", "POST /token", "POST /mcp", "DELETE /mcp"]
     token, post, delete = requests[2:]
     assert token.headers["authorization"] == "Basic YWdlbnQ6c2VjcmV0"  # agent:secret
     form = [("grant_type", "client_credentials"), ("resource", "https://mcp.example/mcp")]
@@ -93,15 +93,15 @@ def test_without_the_marked_lines_it_needs_one_setting(
     start_fake: StartFake, sandbox: Sandbox
 ) -> None:
     server = start_fake(lambda _: http_response("200 OK", REPLY))
-    assert_accepts(sandbox.run(sys.executable, "-c", PLAIN, MCP_URL=server.url))
+    assert_accepts(sandbox.run(sys.executable, "-c", WITHOUT_AUTH, MCP_URL=server.url))
     [post] = server.requests
     assert "authorization" not in post.headers
 
 
-ENDS = {"cut off": b"HTTP/1.1 2", "silent": None}
+FAILED_DELETES = {"cut off": b"HTTP/1.1 2", "silent": None}
 
 
-@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+@pytest.mark.parametrize("end", FAILED_DELETES.values(), ids=FAILED_DELETES)
 def test_the_end_of_the_session_may_fail(call: Call, end: Response) -> None:
     result, requests = call({"DELETE /mcp": end}, HASTY)
     assert_accepts(result)
@@ -134,7 +134,7 @@ def test_reads_a_stream_that_is_left_open(call: Call, stream: str) -> None:
     assert_accepts(result)
 
 
-ERROR = json.dumps({"id": 1, "error": {"code": -32602, "message": HOSTILE}})
+ERROR = json.dumps({"id": 1, "error": {"code": -32602, "message": CONTROLS}})
 # of a server that accepts only MCP 2026-07-28, as the MCP SDK 2 words it
 NEWER_ONLY = {
     "code": -32022,
@@ -152,7 +152,7 @@ FAILURES: dict[str, tuple[Response, str]] = {
     "401": (http_response("401 No", www_authenticate="Bearer x"), "('HTTP 401: Bearer x')"),
     "307": (http_response("307 No", location="/mcp2"), "('HTTP 307: /mcp2')"),
     "421": (
-        http_response("421 No", f"Bad Host{HOSTILE}" * 999),
+        http_response("421 No", f"Bad Host{CONTROLS}" * 999),
         r"('HTTP 421: Bad Host\x1b[2J\x9b",
     ),
     "HTML": (http_response("200 OK", "<html>"), "JSONDecodeError('Expecting value: line 1"),
@@ -180,7 +180,7 @@ def test_the_authorization_server_is_silent(call: Call) -> None:
 
 
 def test_the_authorization_server_rejects_the_request(call: Call) -> None:
-    error = {"error": "invalid_client", "error_description": f"wrong secret\r\n{HOSTILE}"}
+    error = {"error": "invalid_client", "error_description": f"wrong secret\r\n{CONTROLS}"}
     result, _ = call({"POST /token": http_response("401 No", json.dumps(error))})
     assert_fails(result, "agent: InvalidClientError(")
     assert_fails(result, r"wrong secret\r\n\x1b[2J\x9b\u202e')")

@@ -9,11 +9,11 @@ import pytest
 from joserfc import jwt
 from joserfc.jwk import KeySet
 
-from authserver_client import PLAIN, AuthserverClient, Credentials, status_of
+from authserver_client import DIRECT, AuthserverClient, Credentials, status_of
 from sandbox import TIER01, authserver_image, wait_until
 
-METADATA = "/.well-known/oauth-authorization-server"
-KEYS = "/.well-known/jwks.json"
+METADATA_PATH = "/.well-known/oauth-authorization-server"
+KEYS_PATH = "/.well-known/jwks.json"
 URI = "http://localhost:8080/contract"
 
 
@@ -27,7 +27,7 @@ def authserver(request: pytest.FixtureRequest) -> AuthserverClient:
         authserver_image(sandbox)
         issuer = f"--env=AUTHPLANE_SERVER_ISSUER={sandbox.issuer}"
         sandbox.docker(*TIER01, "run", "--detach", "--service-ports", issuer, "authserver")
-        wait_until(lambda: status_of(sandbox.issuer + METADATA) == 200, "the authserver")
+        wait_until(lambda: status_of(sandbox.issuer + METADATA_PATH) == 200, "the authserver")
     sandbox.authserver.register_resource("contract", URI, "mcp:echo")
     return sandbox.authserver
 
@@ -39,12 +39,12 @@ def client(authserver: AuthserverClient) -> Credentials:
 
 
 def get(authserver: AuthserverClient, path: str) -> Any:
-    return httpx.get(authserver.url + path, **PLAIN).json()
+    return httpx.get(authserver.url + path, **DIRECT).json()
 
 
 def verified_claims(authserver: AuthserverClient, response: httpx.Response) -> dict[str, Any]:
     """Return the claims of the access token, signed by one of the published keys."""
-    keys = KeySet.import_key_set(get(authserver, KEYS))
+    keys = KeySet.import_key_set(get(authserver, KEYS_PATH))
     token = jwt.decode(response.json()["access_token"], keys, algorithms=["ES256"])
     assert token.header["kid"] in {key.kid for key in keys}
     return token.claims
@@ -56,10 +56,10 @@ def test_metadata_and_keys(authserver: AuthserverClient) -> None:
         "issuer": issuer,
         "authorization_endpoint": f"{issuer}/oauth/authorize",
         "token_endpoint": f"{issuer}/oauth/token",
-        "jwks_uri": issuer + KEYS,
+        "jwks_uri": issuer + KEYS_PATH,
     }
-    assert get(authserver, METADATA).items() >= expected.items()
-    for key in get(authserver, KEYS)["keys"]:
+    assert get(authserver, METADATA_PATH).items() >= expected.items()
+    for key in get(authserver, KEYS_PATH)["keys"]:
         assert "d" not in key  # the private part
 
 
@@ -95,7 +95,7 @@ def test_token_request_is_rejected(
     form = {"id": client[0], "secret": client[1], "resource": URI} | change
     response = authserver.request_token((form.pop("id"), form.pop("secret")), **form)
     body = response.json()
-    if "stand_in" in get(authserver, METADATA):
+    if "stand_in" in get(authserver, METADATA_PATH):
         expected = expected[:1]
     assert f"{response.status_code} {body.get('error')}" in expected
     assert response.is_success or body["error_description"]

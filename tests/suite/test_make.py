@@ -57,7 +57,8 @@ def test_clean(sandbox: Sandbox, change: str, folder: str) -> None:
 @pytest.mark.parametrize("end", ["kill -INT -- -$0", "kill -QUIT -- -$0", "make clean"])
 def test_a_run_that_is_ended_leaves_nothing(sandbox: Sandbox, end: str) -> None:
     run = sandbox.start("make", "run")
-    wait_until((sandbox.project / ".started").exists, "the start of tier 01")
+    log = sandbox.project / ".started"
+    wait_until(lambda: log.exists() and "process" in log.read_text(), "the start of tier 01")
     sandbox.run("bash", "-c", end, str(run.pid))
     output, errors = run.communicate(timeout=20)
     assert "tier 01 is running" not in output

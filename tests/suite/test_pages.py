@@ -12,10 +12,18 @@ import psutil
 import pytest
 
 from authserver_client import Credentials, status_of
-from pages import EXAMPLES, README, blocks, make_environment, section, table
+from pages import (
+    EXAMPLES,
+    README,
+    RELAY_SERVER,
+    WITHOUT_SDK,
+    blocks,
+    make_environment,
+    section,
+    table,
+)
 from sandbox import PYTHON, ROOT, Sandbox, free_ports, wait_until
 
-RELAY_SERVER = (ROOT / "tests/examples/relay_server.py").read_text()
 END = "--- end of a block ---\n"
 
 
@@ -26,8 +34,7 @@ def test_blocks_and_counts(sandbox: Sandbox) -> None:
     at_the_top, program = blocks(README, "python")
     assert program == RELAY_SERVER
     assert indent(at_the_top, "    ") in program
-    provider = (ROOT / "tests/examples/relay_without_sdk.py").read_text()
-    assert blocks(section(EXAMPLES, "Without the SDK"), "python") == [provider]
+    assert blocks(section(EXAMPLES, "Without the SDK"), "python") == [WITHOUT_SDK]
 
 
 def test_request_bodies_and_packages() -> None:

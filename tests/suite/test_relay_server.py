@@ -18,8 +18,17 @@ from fastmcp import Client
 
 from authserver_client import ADMIN_KEY, Credentials, status_of
 from fakes import StartFake, http_response, proxy_to, respond_to
-from pages import EXAMPLES, README, blocks, make_environment, section, table
-from sandbox import PYTHON, ROOT, NewSandbox, Sandbox, free_ports, replace_once, wait_until
+from pages import (
+    EXAMPLES,
+    README,
+    RELAY_SERVER,
+    WITHOUT_SDK,
+    blocks,
+    make_environment,
+    section,
+    table,
+)
+from sandbox import PYTHON, NewSandbox, Sandbox, free_ports, replace_once, wait_until
 
 pytestmark = pytest.mark.anyio
 RELAY_PYTHON = Path(os.environ.get("RELAY_PYTHON", PYTHON))
@@ -27,8 +36,6 @@ VERSION = "from importlib.metadata import version; print(version('fastmcp'))"
 FASTMCP = subprocess.check_output([RELAY_PYTHON, "-c", VERSION], text=True).split(".")[0]
 on_fastmcp_4 = pytest.mark.skipif(FASTMCP != "4", reason="this is for FastMCP 4: see .ci/sdk")
 
-PROGRAM = (ROOT / "tests/examples/relay_server.py").read_text()
-WITHOUT_SDK = (ROOT / "tests/examples/relay_without_sdk.py").read_text()
 TWO_SECONDS = "FetchSettings(allow_http=True, allow_localhost=True, timeout=2)"
 
 
@@ -41,7 +48,7 @@ def hasty(program: str) -> str:
     return replace_once(program, "timeout=10", "timeout=3")
 
 
-HASTY = hasty(PROGRAM)
+HASTY = hasty(RELAY_SERVER)
 MASKED = "Error calling tool 'relay'"
 ROWS = table(section(EXAMPLES, "When a call fails"))
 
@@ -67,18 +74,11 @@ def last_error(relay: Sandbox) -> str:
 
 
 def start(
-    relay: Sandbox, tier01: Sandbox, program: str = PROGRAM, client: Credentials | None = None
+    relay: Sandbox, tier01: Sandbox, program: str = RELAY_SERVER, client: Credentials | None = None
 ) -> subprocess.Popen[str]:
     """Start the program; return when it listens, or has ended."""
-    client_id, secret = client or tier01.authserver.register_client("mcp:echo mcp:other")
-    settings = tier01.settings | {
-        "CLIENT_ID": client_id,
-        "CLIENT_SECRET": secret,
-        "OTHER_MCP_URL": tier01.mcp_url,
-        "OTHER_RESOURCE_URI": tier01.mcp_url,
-        "PORT": str(relay.ports[2]),
-        "FASTMCP_CHECK_FOR_UPDATES": "off",
-    }
+    client = client or tier01.authserver.register_client("mcp:echo mcp:other")
+    settings = tier01.relay_settings(client, relay.ports[2])
     server = relay.start_logged(RELAY_PYTHON, "-c", program, **settings)
     wait_until(lambda: server.poll() or status_of(relay.mcp_url), f"relay: {relay.log}")
     return server
@@ -106,7 +106,7 @@ async def test_the_token_is_cached_until_it_expires(
     tier01.serve(TOKEN_SECONDS="31")
     tier01.authserver.register_resource("demo-mcp", tier01.mcp_url, "mcp:echo")
     imported, created, argument = quoted(section(EXAMPLES, "Many calls"))
-    program = replace_once(PROGRAM, "\nISSUER", f"\n{imported}\n{created}\nISSUER")
+    program = replace_once(RELAY_SERVER, "\nISSUER", f"\n{imported}\n{created}\nISSUER")
     argument = argument.removeprefix("Client(…, ").removesuffix(")")
     start(sandbox, tier01, replace_once(program, "timeout=10", f"timeout=10, {argument}"))
     assert await call_tool(sandbox) == "hello"
@@ -235,11 +235,11 @@ def test_it_does_not_start(
 def test_protect_your_server(servers: Sandbox, new_sandbox: NewSandbox) -> None:
     """The lines of the page, in the server and in one shell after steps 2 and 3 of the README."""
     sandbox = new_sandbox(ports=servers.ports)
-    port = str(free_ports()[0])
+    port = free_ports()[0]
     protect = section(EXAMPLES, "Protect your server")
     [lines] = blocks(protect, "python")
-    [unprotected] = re.findall("(?m)^server = .*\n", PROGRAM)
-    program = replace_once(PROGRAM, unprotected, lines)
+    [unprotected] = re.findall("(?m)^server = .*\n", RELAY_SERVER)
+    program = replace_once(RELAY_SERVER, unprotected, lines)
     program = program.replace("https://relay.example.com", f"http://localhost:{port}")
     (sandbox.project / "relay_server.py").write_text(program)
     make_environment(sandbox.project / "relay", RELAY_PYTHON)
@@ -253,16 +253,12 @@ def test_protect_your_server(servers: Sandbox, new_sandbox: NewSandbox) -> None:
         without_token.replace('"$TOKEN"', "none") + " && exit 1\n",
         clean_up,
     ]
-    settings = servers.settings | {
+    settings = servers.relay_settings(("", ""), port) | {
         "AUTHSERVER_URL": servers.issuer,
         "ADMIN_URL": servers.authserver.admin_url,
         "AUTHPLANE_ADMIN_API_KEY": ADMIN_KEY,
-        "OTHER_MCP_URL": servers.mcp_url,
-        "OTHER_RESOURCE_URI": servers.mcp_url,
-        "PORT": port,
-        "FASTMCP_CHECK_FOR_UPDATES": "off",
     }
-    text = servers.with_ports("".join(script)).replace("8081", port)
+    text = servers.with_ports("".join(script)).replace("8081", str(port))
     result = sandbox.run("bash", "-ec", text, **settings)
     assert "hello" in result.stdout, result
     assert result.returncode == 0, result
@@ -282,7 +278,11 @@ async def test_without_the_sdk(new_sandbox: NewSandbox, servers: Sandbox) -> Non
     other_url = f'"{servers.mcp_url.replace("localhost", "127.0.0.1")}"'
     start(wrong_url, servers, replace_once(WITHOUT_SDK, 'environ["OTHER_MCP_URL"]', other_url))
     assert await call_tool(wrong_url) == MASKED
-    start(wrong_secret, servers, replace_once(WITHOUT_SDK, 'environ["CLIENT_SECRET"]', '"wrong"'))
+    start(
+        wrong_secret,
+        servers,
+        replace_once(WITHOUT_SDK, 'environ["CLIENT_SECRET"]', '"wrong"'),
+    )
     assert await call_tool(wrong_secret) == MASKED
     *_, mismatch, failed = quoted(section(EXAMPLES, "Without the SDK"))
     assert re.search(mismatch.replace("…", ".*"), " ".join(wrong_url.log.read_text().split()))

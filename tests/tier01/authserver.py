@@ -134,7 +134,7 @@ async def check_admin_key(request: Request, call_next: RequestResponseEndpoint) 
     return JSONResponse({"error": "unauthorized"}, 401, {"WWW-Authenticate": "Bearer"})
 
 
-async def invalid(_: Request, error: Exception) -> Response:
+async def validation_error(_: Request, error: Exception) -> Response:
     """Return what is wrong with the JSON of a request."""
     return JSONResponse({"detail": str(error)}, 400)
 
@@ -182,6 +182,6 @@ admin = Starlette(
         Route("/admin/clients", create_client, methods=["POST"]),
         Route("/admin/clients/{id}", delete_client, methods=["DELETE"]),
     ],
-    exception_handlers={ValidationError: invalid},
+    exception_handlers={ValidationError: validation_error},
 )
 admin.add_middleware(BaseHTTPMiddleware, dispatch=check_admin_key)

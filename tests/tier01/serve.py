@@ -29,7 +29,7 @@ def listen(variable: str) -> socket.socket:
 async def main() -> None:
     """Print `ready` when all that was asked for can be called. Raises SystemExit if it can't be."""
     chosen = sys.argv[1:] or ["authserver", "mcp-server"]
-    async with asyncio.TaskGroup() as servers:
+    async with asyncio.TaskGroup() as tasks:
         if "authserver" in chosen:
             import authserver
 
@@ -37,14 +37,14 @@ async def main() -> None:
             admin = listen("AUTHPLANE_ADMIN_ADDRESS")
             for app, listener in ((authserver.public, public), (authserver.admin, admin)):
                 config = uvicorn.Config(app, lifespan="off", timeout_graceful_shutdown=0)
-                servers.create_task(uvicorn.Server(config).serve([listener]))
+                tasks.create_task(uvicorn.Server(config).serve([listener]))
             print(f"stand-in authorization server: issuer {authserver.ISSUER}")
         if "mcp-server" in chosen:
             from mcp_server import NAME, RESOURCE_URI, mcp_app
 
             config = uvicorn.Config(await mcp_app(), timeout_graceful_shutdown=0)
             listener = listen("MCP_ADDRESS")
-            servers.create_task(uvicorn.Server(config).serve([listener]))
+            tasks.create_task(uvicorn.Server(config).serve([listener]))
             print(f"MCP server {NAME}: audience {RESOURCE_URI}")
         print("ready", flush=True)
 
