@@ -81,6 +81,7 @@ def test_python_is_missing(sandbox: Sandbox) -> None:
     ("name", "value", "message"),
     [
         ("ADMIN_URL", "{0.issuer}", ": Address already in use. If a tier 01 is starting there, "),
+        ("ADMIN_URL", "http://localhost:99999", "ADMIN_URL=http://localhost:99999: "),
         ("AUTHSERVER_URL", "http://127.0.0.2:1", "AUTHSERVER_URL=http://127.0.0.2:1 (no response"),
         ("TOKEN_SECONDS", "x", "tier 01 did not start: ValueError: invalid literal for int()"),
     ],

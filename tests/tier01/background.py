@@ -29,11 +29,7 @@ PASSED_ON = (
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of serve.py: no proxy, since all calls are on this host."""
-
-    def address(name: str) -> str:
-        return f":{urlsplit(os.environ[name]).port or 80}"
-
+    """Return the environment of serve.py: no proxy, because all calls are on this host."""
     return {name: os.environ[name] for name in PASSED_ON if name in os.environ} | {
         "AUTHPLANE_SERVER_ISSUER": os.environ["AUTHSERVER_URL"],
         "AUTHPLANE_SERVER_ADDRESS": address("AUTHSERVER_URL"),
@@ -43,6 +39,15 @@ def environment() -> dict[str, str]:
         "MCP_ADDRESS": address("MCP_URL"),
         "NO_PROXY": "*",
     }
+
+
+def address(name: str) -> str:
+    """Return the address on which the server of this URL listens. Exit if the port is invalid."""
+    url = os.environ[name]
+    try:
+        return f":{urlsplit(url).port or 80}"
+    except ValueError as error:
+        sys.exit(f"{name}={url}: {error}")
 
 
 def try_lock(log: IO[str]) -> bool:
@@ -59,6 +64,7 @@ def start() -> None:
 
     If this is interrupted, or serve.py fails, nothing is left of what this has started.
     """
+    own_environment = environment()
     server = None
     interrupted: list[int] = []
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
@@ -68,7 +74,7 @@ def start() -> None:
             log.truncate(0)
             server = subprocess.Popen(
                 [sys.executable, Path(__file__).with_name("serve.py")],
-                env=environment(),
+                env=own_environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
