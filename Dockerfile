@@ -1,6 +1,6 @@
 ARG PYTHON_IMAGE=python:3.12-slim
 
-# Dependencies first and alone: a changed agent.py leaves this layer as it is.
+# The dependencies are installed first, so that this layer stays cached when agent.py changes.
 FROM ${PYTHON_IMAGE} AS dependencies
 WORKDIR /app
 COPY tests/requirements/agent.txt ./

@@ -24,7 +24,7 @@ check() {
     printf '✓ %-30s %s\n' "$1" "$shown"
     return
   fi
-  printf '✗ %-30s %s\n' "$1" "$shown"
+  printf '✗ %s\n' "$1"
   case $status in
     "no response") reason=$curl_error ;;
     [45]??) reason=$(head -c 300 "$work/body") ;;

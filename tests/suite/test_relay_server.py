@@ -117,7 +117,7 @@ async def test_the_token_is_cached_until_it_expires(
 
 async def test_the_authorization_server_fails(new_sandbox: NewSandbox) -> None:
     """A cached token works. Without one, the circuit is open after five failures of any kind."""
-    tier01, cached, uncached, late = (new_sandbox() for _ in range(4))
+    tier01, cached, uncached, late, with_provider = (new_sandbox() for _ in range(5))
     authserver = tier01.serve("authserver")
     new_sandbox(ports=tier01.ports).serve("mcp-server")
     tier01.authserver.register_resource("demo-mcp", tier01.mcp_url, "mcp:echo")
@@ -141,6 +141,11 @@ async def test_the_authorization_server_fails(new_sandbox: NewSandbox) -> None:
     assert all(text in " ".join(late.log.read_text().split()) for text in quoted(down[0]))
     assert await call_tool(late) == MASKED
     assert last_error(late).startswith("CircuitOpenError")
+
+    if FASTMCP == "4":
+        start(with_provider, tier01, WITHOUT_SDK, ("client", "secret"))
+        assert await call_tool(with_provider) == MASKED
+        assert_provider_failed(with_provider, "`All connection")
 
 
 async def test_the_authorization_server_is_overloaded(
@@ -267,23 +272,34 @@ def test_protect_your_server(servers: Sandbox, new_sandbox: NewSandbox) -> None:
 
 
 @on_fastmcp_4
-async def test_without_the_sdk(new_sandbox: NewSandbox, servers: Sandbox) -> None:
-    """It caches the token. The URL must be the registered uri."""
-    right, wrong_url, wrong_secret = (new_sandbox() for _ in range(3))
+async def test_the_provider_caches_the_token(sandbox: Sandbox, servers: Sandbox) -> None:
     tokens = servers.log.read_text().count('"POST /oauth/token')
-    start(right, servers, WITHOUT_SDK)
-    assert [await call_tool(right) for _ in range(2)] == ["hello"] * 2
+    start(sandbox, servers, WITHOUT_SDK)
+    assert [await call_tool(sandbox) for _ in range(2)] == ["hello"] * 2
     assert servers.log.read_text().count('"POST /oauth/token') == tokens + 1
 
-    other_url = f'"{servers.mcp_url.replace("localhost", "127.0.0.1")}"'
-    start(wrong_url, servers, replace_once(WITHOUT_SDK, 'environ["OTHER_MCP_URL"]', other_url))
-    assert await call_tool(wrong_url) == MASKED
-    start(
-        wrong_secret,
-        servers,
-        replace_once(WITHOUT_SDK, 'environ["CLIENT_SECRET"]', '"wrong"'),
-    )
-    assert await call_tool(wrong_secret) == MASKED
-    *_, mismatch, failed = quoted(section(EXAMPLES, "Without the SDK"))
-    assert re.search(mismatch.replace("…", ".*"), " ".join(wrong_url.log.read_text().split()))
-    assert failed in last_error(wrong_secret)
+
+OTHER_URL = 'environ["OTHER_MCP_URL"]'
+PROVIDER_CASES = {
+    "client": Case("`Token exchange failed", 'environ["CLIENT_SECRET"]', '"wrong"'),
+    "uri": Case("`Protected", OTHER_URL, f'{OTHER_URL}.replace("localhost", "127.0.0.1")'),
+    "other server": Case("`All connection", OTHER_URL, '"http://localhost:1/mcp"'),
+}
+
+
+@on_fastmcp_4
+@pytest.mark.parametrize("case", PROVIDER_CASES.values(), ids=PROVIDER_CASES)
+async def test_a_call_with_the_provider_fails(
+    sandbox: Sandbox, servers: Sandbox, case: Case
+) -> None:
+    start(sandbox, servers, replace_once(WITHOUT_SDK, case.old, case.new))
+    assert await call_tool(sandbox) == MASKED
+    assert_provider_failed(sandbox, case.row)
+
+
+def assert_provider_failed(relay: Sandbox, beginning: str) -> None:
+    """Check that the last error in the log is that of this row of the page."""
+    without_sdk = section(EXAMPLES, "Without the SDK")
+    [cells] = [cells for cells in table(without_sdk) if cells[0].startswith(beginning)]
+    parts = map(re.escape, quoted(cells[0])[0].split("…"))
+    assert re.search(f"Client failed to connect: {'.*'.join(parts)}", last_error(relay))

@@ -90,7 +90,7 @@ def test_the_first_that_sets_a_name_wins(guest: Sandbox) -> None:
     (guest.project / ".env").write_text(dotenv, encoding="latin-1")
     result = guest.verify(MCP_SERVER_NAME="demo-server")
     assert (result.returncode, result.stderr) == (0, "")
-    assert "no response of $(touch ran): " in guest.verify().stderr
+    assert "expected the server $(touch ran), got " in guest.verify().stderr
     assert not (guest.project / "ran").exists()
 
 
@@ -134,7 +134,9 @@ WRONG: dict[str, dict[str, Change]] = {
         ),
         "got 401 bearer: ": replacing(b"resource_metadata", b"resource_megadata"),
         "got no response (curl: (28) ": respond_to(b"", None),
-        "got exit 1, agent: ValueError('no response of ": replacing(b"demo-server", b"my_server_1"),
+        "got exit 1, agent: ValueError('expected the server ": replacing(
+            b"demo-server", b"my_server_1"
+        ),
         "tampered token: rejected: expected 401.*, got 403: ": respond_to_token(2, FORBIDDEN),
         "different audience: rejected: expected 401.*, got 403: ": respond_to_token(3, FORBIDDEN),
     },
