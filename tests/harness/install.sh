@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # install.sh FOLDER NAME: installs tests/requirements/NAME.txt into the virtual environment FOLDER. Makes the environment if it
 # is missing, and makes it again if it is incomplete, if its Python is gone, or if PY names another version.
-# Python runs with -I, so that it ignores the environment's settings for other programs.
+# Python runs with -I, so that it ignores PYTHONPATH and the like.
 set -euo pipefail
 folder=$1
 requirements=tests/requirements/$2.txt

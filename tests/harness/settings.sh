@@ -29,17 +29,9 @@ read_settings() {
       name=${BASH_REMATCH[2]}
       value=${BASH_REMATCH[3]}
       case $value in
-        \"*)
-          value=${value#\"}
-          value=${value%%\"*}
-          ;;
-        \'*)
-          value=${value#\'}
-          value=${value%%\'*}
-          ;;
-        *)
-          value=${value%%[[:space:]]*}
-          ;;
+        \"*) value=$(cut -d '"' -f 2 <<<"$value") ;;
+        \'*) value=$(cut -d "'" -f 2 <<<"$value") ;;
+        *) value=${value%%[[:space:]]*} ;;
       esac
       if [ -z "${!name+set}" ]; then printf -v "$name" '%s' "$value"; fi
     done <"$file"

@@ -12,6 +12,7 @@ work=$(mktemp -d "${TMPDIR:-/tmp}/tier02.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 trap 'exit 1' HUP INT QUIT TERM
 
+started_here=''
 request_metadata "$AUTHSERVER_URL"
 if is_local "$AUTHSERVER_URL" && [ "$status" = "no response" ]; then
   bash tests/harness/install.sh tests/.venv tier01
@@ -19,6 +20,7 @@ if is_local "$AUTHSERVER_URL" && [ "$status" = "no response" ]; then
     export AUTHSERVER_URL ADMIN_URL MCP_URL AUTHPLANE_ADMIN_API_KEY RESOURCE_URI MCP_SERVER_NAME
     tests/.venv/bin/python -I tests/tier01/background.py start
   ) || exit # -e is not enough for bash 3.2
+  started_here=yes
   request_metadata "$AUTHSERVER_URL"
 fi
 [ "$status" = 200 ] || fail "no authorization server at AUTHSERVER_URL=$AUTHSERVER_URL ($status${curl_error:+, $curl_error})"
@@ -34,6 +36,8 @@ else
 fi
 
 request_mcp ''
-[ "$status" = 401 ] ||
+if [ "$status" != 401 ]; then
+  if [ -n "$started_here" ]; then tests/.venv/bin/python -I tests/tier01/background.py stop; fi
   fail "$MCP_URL is no protected MCP server (expected 401, got $status): start it, or correct MCP_URL (no trailing slash)"
+fi
 echo "tier 01 is running: $AUTHSERVER_URL$stand_in and $MCP_URL"

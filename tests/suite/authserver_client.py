@@ -44,9 +44,6 @@ class AuthserverClient(NamedTuple):
         data = {"grant_type": "client_credentials"} | form
         return httpx.post(f"{self.url}/oauth/token", auth=credentials, data=data, **DIRECT)
 
-    def token(self, credentials: Credentials, **form: str) -> str:
-        return self.request_token(credentials, **form).json()["access_token"]
-
 
 def status_of(url: str) -> int:
     """Return the HTTP status, 0 when nothing responds."""

@@ -82,7 +82,10 @@ def test_python_is_missing(sandbox: Sandbox) -> None:
     [
         ("ADMIN_URL", "{0.issuer}", ": Address already in use. If a tier 01 is starting there, "),
         ("ADMIN_URL", "http://localhost:99999", "ADMIN_URL=http://localhost:99999: "),
-        ("AUTHSERVER_URL", "http://127.0.0.2:1", "AUTHSERVER_URL=http://127.0.0.2:1 (no response"),
+        ("AUTHSERVER_URL", "http://localhost.invalid", "=http://localhost.invalid (no response, "),
+        ("AUTHSERVER_URL", "localhost", "AUTHSERVER_URL=localhost: it must be an http"),
+        ("RESOURCE_URI", 'http://a/"', 'RESOURCE_URI=http://a/": it must be an http'),
+        ("RESOURCE_URI", "{0.issuer}/other", "is no protected MCP server (expected 401, got 404)"),
         ("TOKEN_SECONDS", "x", "tier 01 did not start: ValueError: invalid literal for int()"),
     ],
 )

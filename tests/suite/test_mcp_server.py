@@ -6,22 +6,8 @@ import time
 
 import psutil
 import pytest
-from fastmcp import Client
-from fastmcp.client.auth.oauth import TokenStorageAdapter
-from key_value.aio.stores.memory import MemoryStore
-from mcp.client.auth.extensions.client_credentials import ClientCredentialsOAuthProvider
 
-from authserver_client import Credentials
 from sandbox import Sandbox
-
-
-@pytest.mark.anyio
-async def test_the_mcp_sdks_provider(servers: Sandbox, credentials: Credentials) -> None:
-    """It gets a token from the stand-in, too."""
-    url, storage = servers.mcp_url, TokenStorageAdapter(MemoryStore(), servers.mcp_url)
-    auth = ClientCredentialsOAuthProvider(url, storage, *credentials, issuer=servers.issuer)
-    async with Client(url, auth=auth) as client:
-        assert (await client.call_tool("echo", {"text": "hello"})).data == "hello"
 
 
 def test_ends_without_an_authorization_server(sandbox: Sandbox) -> None:

@@ -61,7 +61,7 @@ def test_links_resolve(name: str) -> None:
 
 def test_token(servers: Sandbox, credentials: Credentials) -> None:
     form = {"scope": "mcp:echo", "resource": servers.mcp_url}
-    token = servers.authserver.token(credentials, **form)
+    token = servers.authserver.request_token(credentials, **form).json()["access_token"]
     header, claims = (json.loads(urlsafe_b64decode(f"{x}==")) for x in token.split(".")[:2])
     [text] = blocks(servers.with_ports(README), "json")
     shown_header, shown_claims = map(json.loads, text.split("\n", 1))
@@ -123,7 +123,7 @@ def assert_shown(printed: str, step: str) -> None:
 
 
 def test_when_the_agent_fails(servers: Sandbox, agent_settings: dict[str, str]) -> None:
-    """Each text that the table quotes is in the last line of an agent with such a setting."""
+    """Each text that the table quotes is in the only line of an agent with such a setting."""
     other, undeclared = f"{servers.mcp_url}/other", f"{servers.mcp_url}/undeclared"
     servers.authserver.register_resource("other", other, "mcp:echo")
     servers.authserver.register_resource("undeclared", undeclared, "mcp:other")
@@ -151,5 +151,7 @@ def test_when_the_agent_fails(servers: Sandbox, agent_settings: dict[str, str]) 
     assert quoted == {*wrong, "TimeoutError", "ReadTimeout"}  # test_agent has these two
     for text, change in wrong.items():
         settings = {name: x for name, x in (agent_settings | change).items() if x is not None}
-        error = servers.run(sys.executable, "agent.py", **settings).stderr
-        assert text in error.splitlines()[-1]
+        result = servers.run(sys.executable, "agent.py", **settings)
+        [error] = result.stderr.splitlines()
+        assert text in error
+        assert (result.returncode, result.stdout) == (1, "")

@@ -1,8 +1,8 @@
 """Run serve.py in the background: `start` returns when it is ready, `stop` when it has ended.
 
 The file LOG is the log of serve.py, which inherits the lock of this file with its standard output.
-The kernel frees the lock when serve.py ends, however it ends. So no other process is taken for it,
-and one that has ended leaves nothing to clear.
+The kernel frees the lock when serve.py ends, however it ends. So a file that is left over is
+harmless, and a process that has got the same number is never killed.
 """
 
 import os

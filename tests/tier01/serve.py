@@ -27,7 +27,7 @@ def listen(variable: str) -> socket.socket:
 
 
 async def main() -> None:
-    """Print `ready` when all that was asked for can be called. Raises SystemExit if it can't be."""
+    """Print `ready` when the chosen servers are. Raises SystemExit if one of them can't start."""
     chosen = sys.argv[1:] or ["authserver", "mcp-server"]
     async with asyncio.TaskGroup() as tasks:
         if "authserver" in chosen:
