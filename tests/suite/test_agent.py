@@ -16,7 +16,9 @@ type Ended = tuple[CompletedProcess[str], list[Request]]
 type Call = Callable[..., Ended]
 
 AGENT = (ROOT / "agent.py").read_text()
-HASTY = replace_once(replace_once(AGENT, "timeout=10", "timeout=1"), "timeout=30", "timeout=4")
+SHORT_TIMEOUTS = replace_once(
+    replace_once(AGENT, "timeout=10", "timeout=1"), "timeout=30", "timeout=4"
+)
 WITHOUT_AUTH = re.sub("(?s)# authplane:begin.*# authplane:end", "", AGENT)
 
 METADATA_REQUEST = "GET /.well-known/oauth-authorization-server"
@@ -103,7 +105,7 @@ FAILED_DELETES = {"cut off": b"HTTP/1.1 2", "silent": None}
 
 @pytest.mark.parametrize("end", FAILED_DELETES.values(), ids=FAILED_DELETES)
 def test_the_end_of_the_session_may_fail(call: Call, end: Response) -> None:
-    result, requests = call({"DELETE /mcp": end}, HASTY)
+    result, requests = call({"DELETE /mcp": end}, SHORT_TIMEOUTS)
     assert_accepts(result)
     assert requests[-1].method == "DELETE"
 
@@ -172,12 +174,12 @@ FAILURES: dict[str, tuple[Response, str]] = {
 
 @pytest.mark.parametrize(("reply", "text"), FAILURES.values(), ids=FAILURES)
 def test_the_mcp_server_fails(call: Call, reply: Response, text: str) -> None:
-    result, _ = call({"POST /mcp": reply}, HASTY)
+    result, _ = call({"POST /mcp": reply}, SHORT_TIMEOUTS)
     assert_fails(result, text)
 
 
 def test_the_authorization_server_is_silent(call: Call) -> None:
-    result, _ = call({"POST /token": None}, HASTY)
+    result, _ = call({"POST /token": None}, SHORT_TIMEOUTS)
     assert_fails(result, "agent: TimeoutError\n")
 
 

@@ -94,7 +94,7 @@ def test_says_what_to_do(sandbox: Sandbox, name: str, value: str, message: str) 
     assert sandbox.leftovers() == []
 
 
-def test_what_others_have_made_is_left_alone(guest: Sandbox) -> None:
+def test_keeps_what_it_did_not_make(guest: Sandbox) -> None:
     """That is an edited .env, a tier 01, and the process that a stale .started names."""
     other = guest.start("sleep", "60")
     (guest.project / ".env").write_text("CLIENT_ID=mine\n")

@@ -39,7 +39,7 @@ on_fastmcp_4 = pytest.mark.skipif(FASTMCP != "4", reason="this is for FastMCP 4:
 TWO_SECONDS = "FetchSettings(allow_http=True, allow_localhost=True, timeout=2)"
 
 
-def hasty(program: str) -> str:
+def with_short_timeouts(program: str) -> str:
     """Return the program with a time limit of 2 seconds for requests, and of 3 for calls."""
     program = replace_once(program, "authplane import ", "authplane import FetchSettings, ")
     program = replace_once(
@@ -48,7 +48,7 @@ def hasty(program: str) -> str:
     return replace_once(program, "timeout=10", "timeout=3")
 
 
-HASTY = hasty(RELAY_SERVER)
+SHORT_TIMEOUTS = with_short_timeouts(RELAY_SERVER)
 MASKED = "Error calling tool 'relay'"
 ROWS = table(section(EXAMPLES, "When a call fails"))
 
@@ -105,11 +105,11 @@ async def test_the_authorization_server_fails(new_sandbox: NewSandbox) -> None:
     new_sandbox(ports=tier01.ports).serve("mcp-server")
     tier01.authserver.register_resource("demo-mcp", tier01.mcp_url, "mcp:echo")
     imported, created, argument = quoted(section(EXAMPLES, "Many calls"))
-    many_calls = replace_once(HASTY, "\nISSUER", f"\n{imported}\n{created}\nISSUER")
+    many_calls = replace_once(SHORT_TIMEOUTS, "\nISSUER", f"\n{imported}\n{created}\nISSUER")
     argument = argument.removeprefix("Client(…, ").removesuffix(")")
     start(cached, tier01, replace_once(many_calls, "timeout=3", f"timeout=3, {argument}"))
     for relay in (uncached, late):
-        start(relay, tier01, HASTY)
+        start(relay, tier01, SHORT_TIMEOUTS)
     assert {await call_tool(cached) for _ in range(3)} == {"hello"}
     assert tier01.log.read_text().count('"POST /oauth/token') == 1
 
@@ -145,7 +145,7 @@ async def test_the_authorization_server_is_overloaded(
         "/": http_response("200 OK", '{"keys": []}'),
         "/token": http_response("503 Service Unavailable"),
     }
-    start(sandbox, servers, replace_once(HASTY, "(ISSUER", f'("{fake.url}"'))
+    start(sandbox, servers, replace_once(SHORT_TIMEOUTS, "(ISSUER", f'("{fake.url}"'))
     assert await call_tool(sandbox) == caller_sees(row("`ServerError`"))
     assert last_error(sandbox).startswith("ServerError")
     for _ in range(5):
@@ -178,7 +178,7 @@ NO_TRACEBACK = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 async def test_a_call_fails(sandbox: Sandbox, servers: Sandbox, case: Case) -> None:
-    start(sandbox, servers, replace_once(HASTY, case.old, case.new))
+    start(sandbox, servers, replace_once(SHORT_TIMEOUTS, case.old, case.new))
     cells = row(case.row)
     assert await call_tool(sandbox) == caller_sees(cells)
     assert quoted(cells[0])[0] in last_error(sandbox)
@@ -189,7 +189,7 @@ async def test_a_call_fails_without_a_traceback(
     sandbox: Sandbox, servers: Sandbox, case: Case
 ) -> None:
     servers.authserver.register_resource("tool-scope", servers.mcp_url, "mcp:other")
-    start(sandbox, servers, replace_once(HASTY, case.old, case.new))
+    start(sandbox, servers, replace_once(SHORT_TIMEOUTS, case.old, case.new))
     [cells] = [cells for cells in ROWS if cells[1].startswith(case.row)]
     seen = await call_tool(sandbox)
     assert seen == (quoted(cells[2]) or ["1 validation error for call[echo]"])[0]
@@ -201,7 +201,9 @@ async def test_the_other_server_never_answers_a_call(
 ) -> None:
     """No connection is left."""
     fake = start_fake(proxy_to(servers.ports[2], respond_to(b"tools/call", None)))
-    server = start(sandbox, servers, replace_once(HASTY, "(OTHER_URL", f'("{fake.url}/mcp"'))
+    server = start(
+        sandbox, servers, replace_once(SHORT_TIMEOUTS, "(OTHER_URL", f'("{fake.url}/mcp"')
+    )
     cells = row("`timed out`")
     allowed, errors = {MASKED}, quoted(cells[0])[:1]
     if FASTMCP == "3":  # two time limits of the same length end at the same moment
@@ -218,7 +220,7 @@ def test_it_does_not_start(
 ) -> None:
     if issuer == "SILENT":
         issuer = start_fake(lambda _: None).url
-    server = start(sandbox, servers, replace_once(HASTY, "(ISSUER", f'("{issuer}"'))
+    server = start(sandbox, servers, replace_once(SHORT_TIMEOUTS, "(ISSUER", f'("{issuer}"'))
     assert server.wait(10) != 0
     assert quoted(row("`MetadataFetchError`")[0])[0] in sandbox.log.read_text()
 

@@ -78,7 +78,7 @@ def test_holds_in_any_environment(guest: Sandbox, sandbox: Sandbox) -> None:
     assert result.stderr.count("\n") <= 1  # a warning of bash
 
 
-def test_the_first_that_sets_a_name_wins(guest: Sandbox) -> None:
+def test_settings_precedence(guest: Sandbox) -> None:
     """.env is read, not executed, whatever its line ends, its byte order mark and its bytes."""
     lines = [
         f"\xef\xbb\xbfAUTHSERVER_URL={guest.issuer}/",
@@ -156,7 +156,7 @@ WRONG: dict[str, dict[str, Change]] = {
 @pytest.mark.parametrize(
     ("server", "message"), [(server, message) for server in WRONG for message in WRONG[server]]
 )
-def test_fails(
+def test_wrong_servers_are_reported(
     start_fake: StartFake,
     guest: Sandbox,
     credentials: Credentials,
@@ -205,7 +205,9 @@ CLIENT_STAYS = {
 
 
 @pytest.mark.parametrize(("status", "message"), CLIENT_STAYS.items())
-def test_the_client_stays(start_fake: StartFake, guest: Sandbox, status: str, message: str) -> None:
+def test_a_client_that_stays_is_reported(
+    start_fake: StartFake, guest: Sandbox, status: str, message: str
+) -> None:
     stays = {"ADMIN_URL": respond_to(b"DELETE", http_response(status))}
     result = guest.verify(**behind_fakes(guest, start_fake, stays))
     client = guest.authserver.clients()[0]

@@ -18,7 +18,7 @@ from typing import IO
 from urllib.parse import urlsplit
 
 LOG = Path(__file__).parents[2] / ".started"
-PASSED_ON = (
+INHERITED = (
     "AUTHPLANE_ADMIN_API_KEY",
     "RESOURCE_URI",
     "MCP_SERVER_NAME",
@@ -30,7 +30,7 @@ PASSED_ON = (
 
 def environment() -> dict[str, str]:
     """Return the environment of serve.py: no proxy, because all calls are on this host."""
-    return {name: os.environ[name] for name in PASSED_ON if name in os.environ} | {
+    return {name: os.environ[name] for name in INHERITED if name in os.environ} | {
         "AUTHPLANE_SERVER_ISSUER": os.environ["AUTHSERVER_URL"],
         "AUTHPLANE_SERVER_ADDRESS": address("AUTHSERVER_URL"),
         "AUTHPLANE_ADMIN_ADDRESS": address("ADMIN_URL"),
