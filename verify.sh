@@ -48,7 +48,7 @@ client_id=$(json_field client_id)
 client_secret=$(json_field client_secret)
 request_token "$client_id" "$client_secret" scope=mcp:echo "resource=$RESOURCE_URI"
 check "token: issued" 200 \
-  "if demo-mcp was registered earlier (409) with another uri or other scopes, use another slug in verify.sh"
+  "if demo-mcp was registered earlier (409) with another uri or other scopes, use another slug, or restart a stand-in: make clean"
 token=$(json_field access_token)
 
 # Step 4. Run the agent, which requests a token of its own, and calls the MCP server with it.
@@ -65,7 +65,8 @@ check "unknown resource: rejected" "400 invalid_(target|scope)" \
   "the authorization server must reject a resource that is not registered"
 
 # The MCP server accepts only tokens that the authorization server has signed, and only those for its own audience. Without a
-# resource, the audience of a token is the authorization server. The tampered token is the good one with the signature of this one.
+# resource, the audience of a token is the authorization server. The tampered token is the first token with the signature of the
+# second one.
 request_token "$client_id" "$client_secret" scope=mcp:echo
 check "token without resource: issued" 200 "see the log of the authorization server"
 other_token=$(json_field access_token)

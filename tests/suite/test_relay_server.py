@@ -240,13 +240,13 @@ def test_protect_your_server(servers: Sandbox, new_sandbox: NewSandbox) -> None:
     (sandbox.project / "relay_server.py").write_text(program)
     make_environment(sandbox.project / "relay", RELAY_PYTHON)
     call_tool, clean_up = blocks(protect, "sh")
-    [without_token] = re.findall("(?m)^.*fastmcp call .*$", call_tool)
+    without_token = blocks(section(README, "In your server"), "sh")[1].strip()
     script = [
         *blocks(section(README, "Step by step"), "sh")[1:3],
         "relay/bin/python relay_server.py >log 2>&1 &\n",
         "until curl -s -o /dev/null http://localhost:8081/mcp; do sleep 0.1; done\n",
         call_tool,
-        without_token.replace('"$TOKEN"', "none") + " && exit 1\n",
+        f"{without_token} && exit 1\n",
         clean_up,
     ]
     settings = servers.relay_settings(("", ""), port) | {

@@ -2,7 +2,7 @@
 
 The file LOG is the log of serve.py, which inherits the lock of this file with its standard output.
 The kernel frees the lock when serve.py ends, however it ends. So a file that is left over is
-harmless, and a process that has got the same number is never killed.
+harmless, and an unrelated process that reuses the number is never killed.
 """
 
 import os
