@@ -18,8 +18,8 @@ find_network() {
 }
 
 # run_agent ISSUER ID SECRET: runs the agent as this client. Sets result to its exit status and the last line that it prints.
-# The agent runs in the background, because bash can run a trap while it waits for such a process, and can't while a command
-# runs. clean_up needs agent_pid.
+# The agent runs in the background, because bash runs a trap during wait, and not during a foreground command. clean_up needs
+# agent_pid.
 run_agent() {
   local exit_status=0
   exec_agent "$@" >"$work/agent" 2>&1 &

@@ -14,8 +14,7 @@ prepare_clean_up() {
 }
 
 # check NAME EXPECTED HELP: prints result, and fails unless it matches EXPECTED, a regular expression. The message has HELP, and
-# the response if the server responded with an error. Another response is never shown, because it can contain a token or a
-# secret.
+# the response if it is an error. Other responses are not shown: they can contain a token or a secret.
 check() {
   local reason=''
   local shown
@@ -49,7 +48,7 @@ clean_up() {
     delete_client "$client_id"
     case $status in
       204) ;;       # it is deleted
-      400 | 404) ;; # the server doesn't know it: the run has deleted it
+      400 | 404) ;; # there is no such client: it was deleted before
       *) printf 'verify.sh: client %s was not deleted (%s): delete it manually\n' "$(printable "$client_id")" "$status" >&2 ;;
     esac
   fi

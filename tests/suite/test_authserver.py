@@ -10,7 +10,7 @@ from joserfc import jwt
 from joserfc.jwk import KeySet
 
 from authserver_client import DIRECT, AuthserverClient, Credentials, status_of
-from sandbox import TIER01, authserver_image, wait_until
+from sandbox import COMPOSE_TIER01, authserver_image, wait_until
 
 METADATA_PATH = "/.well-known/oauth-authorization-server"
 KEYS_PATH = "/.well-known/jwks.json"
@@ -19,14 +19,14 @@ URI = "http://localhost:8080/contract"
 
 @pytest.fixture(scope="module", params=["stand-in", "authserver"])
 def authserver(request: pytest.FixtureRequest) -> AuthserverClient:
-    """The stand-in, and the authserver if this engine has its image."""
+    """The stand-in, and the authserver if Docker has its image."""
     if request.param == "stand-in":
         sandbox = request.getfixturevalue("servers")
     else:
-        sandbox = request.getfixturevalue("engine")
+        sandbox = request.getfixturevalue("docker_sandbox")
         authserver_image(sandbox)
         issuer = f"--env=AUTHPLANE_SERVER_ISSUER={sandbox.issuer}"
-        sandbox.docker(*TIER01, "run", "--detach", "--service-ports", issuer, "authserver")
+        sandbox.docker(*COMPOSE_TIER01, "run", "--detach", "--service-ports", issuer, "authserver")
         wait_until(lambda: status_of(sandbox.issuer + METADATA_PATH) == 200, "the authserver")
     sandbox.authserver.register_resource("contract", URI, "mcp:echo")
     return sandbox.authserver

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from authserver_client import status_of
+from authserver_client import ADMIN_KEY, status_of
 from sandbox import Sandbox, wait_until
 
 RUNNING = "tier 01 is running: {0.issuer} (a stand-in: see Run it in README.md) and {0.mcp_url}\n"
@@ -16,12 +16,18 @@ INSTALLING = "installing tests/requirements/agent.txt into .venv\n"
 def test_run_starts_a_stand_in(sandbox: Sandbox) -> None:
     """It holds no pipe, terminal, proxy and secret of what started it; a second run finds it."""
     foreign = {"CLIENT_SECRET": "x", "SSL_CERT_FILE": "/nowhere", "ALL_PROXY": "socks5://there:1"}
-    own = {"AUTHPLANE_ADMIN_API_KEY": "k", "TOKEN_SECONDS": "60", "LD_LIBRARY_PATH": "/nowhere"}
+    own = {
+        "AUTHPLANE_ADMIN_API_KEY": ADMIN_KEY,
+        "TOKEN_SECONDS": "60",
+        "LD_LIBRARY_PATH": "/nowhere",
+    }
     first = sandbox.run("bash", "-c", "make run 3>&1 9>&2", **foreign, **own)
     assert (first.stdout, first.stderr) == (RUNNING.format(sandbox), "")
     [server] = sandbox.processes()
     assert os.getsid(server.pid) == server.pid  # no Ctrl-C, no SIGHUP of the terminal reaches it
     assert server.environ().keys() & {*own, *foreign, "HOME"} == {*own, "HOME"}
+    token = sandbox.authserver.request_token(sandbox.authserver.register_client()).json()
+    assert token["expires_in"] == 60
     for name in (".env", ".started"):  # nobody else can read them
         assert not (sandbox.project / name).stat().st_mode & 0o077
     assert sandbox.make("run").stdout == RUNNING.format(sandbox)
@@ -47,7 +53,8 @@ def test_runs_at_the_same_time_start_one(sandbox: Sandbox) -> None:
     ],
 )
 def test_clean(sandbox: Sandbox, change: str, folder: str) -> None:
-    sandbox.run("sh", "-c", f"make run; {change}")
+    assert sandbox.make("run").stdout == RUNNING.format(sandbox)
+    sandbox.run("sh", "-c", change)
     sandbox.project = sandbox.folder / folder
     assert sandbox.make("clean", PWD=str(sandbox.project)).returncode == 0
     assert sandbox.leftovers() == []
@@ -116,6 +123,7 @@ def test_installs_the_pinned_packages(guest: Sandbox) -> None:
     constraint = guest.folder / "constraint.txt"
     constraint.write_text("h11==0.0.1\n")
     elsewhere = {"PIP_USER": "1", "PIP_TARGET": "there", "PIP_CONSTRAINT": str(constraint)}
+    elsewhere |= {"PIP_DRY_RUN": "1", "PIP_PREFIX": "there", "PIP_ROOT": "there"}
     elsewhere |= {"PYTHONHOME": "/nowhere", "LC_ALL": "none"}
     break_environment(guest.project / ".venv")
     requirements = guest.project / "tests/requirements/agent.txt"
@@ -127,6 +135,8 @@ def test_installs_the_pinned_packages(guest: Sandbox) -> None:
         assert (result.stdout, result.stderr) == (expected, "")
     installed = guest.project.glob(".venv/lib/*/*/*.dist-info")
     assert {path.name.split("-")[0] for path in installed} == {"h11", "idna", "pip"}
+    guest.make_tool("python3.99", "echo 3.99")  # of another version, and makes no environment
+    assert guest.make("run", PY="python3.99").returncode != 0
 
 
 def break_environment(folder: Path) -> None:

@@ -40,7 +40,9 @@ def test_blocks_and_counts(sandbox: Sandbox) -> None:
 def test_request_bodies_and_packages() -> None:
     bodies = r"(?s)'(\{\n.*?\n\})'"
     steps = section(README, "Step by step")
-    assert re.findall(bodies, steps) == re.findall(bodies, (ROOT / "verify.sh").read_text())
+    resource_and_client = re.findall(bodies, (ROOT / "verify.sh").read_text())
+    assert len(resource_and_client) == 2
+    assert re.findall(bodies, steps) == resource_and_client
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     packages = [re.sub("(?=>)", " ", each) for each in project["dependencies"]]
     assert " and ".join(packages) in README
@@ -150,7 +152,8 @@ def test_when_the_agent_fails(servers: Sandbox, agent_settings: dict[str, str]) 
     quoted = {text for row in rows for text in re.findall("`([^`]*)`", row[0])}
     assert quoted == {*wrong, "TimeoutError", "ReadTimeout"}  # test_agent has these two
     for text, change in wrong.items():
-        settings = {name: x for name, x in (agent_settings | change).items() if x is not None}
+        changed = agent_settings | change
+        settings = {name: value for name, value in changed.items() if value is not None}
         result = servers.run(sys.executable, "agent.py", **settings)
         [error] = result.stderr.splitlines()
         assert text in error

@@ -102,7 +102,7 @@ def connections(server: subprocess.Popen[str], url: str) -> int:
 
 async def test_the_authorization_server_fails(new_sandbox: NewSandbox) -> None:
     """A cached token works, with the lines of Many calls, too. Without one, the circuit opens."""
-    tier01, cached, uncached, late, with_provider = (new_sandbox() for _ in range(5))
+    tier01, cached, uncached, uncached_when_down, with_provider = (new_sandbox() for _ in range(5))
     authserver = tier01.serve("authserver")
     new_sandbox(ports=tier01.ports).serve("mcp-server")
     tier01.authserver.register_resource("demo-mcp", tier01.mcp_url, "mcp:echo")
@@ -110,7 +110,7 @@ async def test_the_authorization_server_fails(new_sandbox: NewSandbox) -> None:
     many_calls = replace_once(SHORT_TIMEOUTS, "\nISSUER", f"\n{imported}\n{created}\nISSUER")
     argument = argument.removeprefix("Client(…, ").removesuffix(")")
     start(cached, tier01, replace_once(many_calls, "timeout=3", f"timeout=3, {argument}"))
-    for relay in (uncached, late):
+    for relay in (uncached, uncached_when_down):
         start(relay, tier01, SHORT_TIMEOUTS)
     assert {await call_tool(cached) for _ in range(3)} == {"hello"}
     assert tier01.log.read_text().count('"POST /oauth/token') == 1
@@ -125,11 +125,16 @@ async def test_the_authorization_server_fails(new_sandbox: NewSandbox) -> None:
 
     authserver.kill()
     authserver.wait()
-    down = row("`ConnectError`")
-    assert await asyncio.gather(*[call_tool(late) for _ in range(5)]) == [caller_sees(down)] * 5
-    assert all(text in " ".join(late.log.read_text().split()) for text in quoted(down[0]))
-    assert await call_tool(late) == MASKED
-    assert last_error(late).startswith("CircuitOpenError")
+    down_row = row("`ConnectError`")
+    assert (
+        await asyncio.gather(*[call_tool(uncached_when_down) for _ in range(5)])
+        == [caller_sees(down_row)] * 5
+    )
+    assert all(
+        text in " ".join(uncached_when_down.log.read_text().split()) for text in quoted(down_row[0])
+    )
+    assert await call_tool(uncached_when_down) == MASKED
+    assert last_error(uncached_when_down).startswith("CircuitOpenError")
 
     if FASTMCP == "4":
         start(with_provider, tier01, WITHOUT_SDK, ("client", "secret"))

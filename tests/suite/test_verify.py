@@ -22,7 +22,7 @@ from fakes import (
     proxy_to,
     replacing,
     respond_to,
-    respond_to_token,
+    respond_to_nth_token,
 )
 from pages import README, blocks, section
 from sandbox import Sandbox, wait_until
@@ -68,10 +68,12 @@ def test_checks_everything_and_leaves_nothing(guest: Sandbox, servers: Sandbox) 
 def test_holds_in_any_environment(guest: Sandbox, sandbox: Sandbox) -> None:
     """Proxies, missing certificates, a missing locale, and what changes curl, cd and bash."""
     (guest.folder / ".curlrc").write_text("url = http://localhost:1\n")
+    (guest.folder / "httpx.py").write_text("raise SystemExit(1)")
     proxies = ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy")
     settings = dict.fromkeys(proxies, "socks5://localhost:1")
     settings |= {"NO_PROXY": "b51a:cc66:f0::/48", "LC_ALL": "not_installed"}
-    settings |= {"SSL_CERT_FILE": "/nowhere", "CDPATH": str(sandbox.folder)}
+    settings |= {"SSL_CERT_FILE": "/nowhere", "SSL_CERT_DIR": "/nowhere"}
+    settings |= {"CDPATH": str(sandbox.folder), "PYTHONPATH": str(guest.folder)}
     settings |= {"SHELLOPTS": "noclobber"}
     result = guest.run("sh", "-c", "cd .. && bash project/verify.sh", **settings)
     assert result.returncode == 0, result
@@ -122,8 +124,10 @@ WRONG: dict[str, dict[str, Change]] = {
         "got exit 1, agent: ValueError('expected the server ": replacing(
             b"demo-server", b"my_server_1"
         ),
-        "tampered token: rejected: expected 401.*, got 403: ": respond_to_token(2, FORBIDDEN),
-        "different audience: rejected: expected 401.*, got 403: ": respond_to_token(3, FORBIDDEN),
+        "tampered token: rejected: expected 401.*, got 403: ": respond_to_nth_token(2, FORBIDDEN),
+        "different audience: rejected: expected 401.*, got 403: ": respond_to_nth_token(
+            3, FORBIDDEN
+        ),
     },
     "AUTHSERVER_URL": {
         "got 404 (the page): is there an authorization server at": respond_to(b"GET", NOT_FOUND),
@@ -200,6 +204,7 @@ def test_the_agent_fails(guest: Sandbox, exit_status: int, last_line: str) -> No
 
 CLIENT_STAYS = {
     "500 Oops": "client {} was not deleted (500): delete it manually",
+    "403 Forbidden": "client {} was not deleted (403): delete it manually",
     "204 No Content": "deleted client: rejected: expected 401 invalid_client, got 200",
 }
 
@@ -303,7 +308,7 @@ def test_shows_no_secret(start_fake: StartFake, guest: Sandbox) -> None:
     assert [secret for secret in secrets if secret in shown] == []
     for recorded in (
         "curl --disable",
-        "--max-time 10",
+        "--max-time 10",  # other tests shorten it
         "jq -nr",
         "'agent.py'",
         "'CLIENT_SECRET'",
@@ -319,7 +324,10 @@ def test_shows_no_secret(start_fake: StartFake, guest: Sandbox) -> None:
 def test_cleans_up_when_interrupted(
     start_fake: StartFake, guest: Sandbox, moment: bytes, seconds: int, number: int
 ) -> None:
-    """A server has acted, and has not responded yet: curl is waited for, the agent is ended."""
+    """A server has acted, and has not responded yet: curl is waited for, the agent is ended.
+
+    A second signal doesn't end the clean-up.
+    """
     before = guest.authserver.clients()
     reached = threading.Event()
 
@@ -328,14 +336,19 @@ def test_cleans_up_when_interrupted(
         if moment in bytes(request):
             reached.set()
             time.sleep(seconds)
+        if request.path.startswith("/admin") and request.method == "DELETE":
+            send_signal()
         return response
+
+    def send_signal() -> None:
+        os.kill(run.pid if number == signal.SIGTERM else -run.pid, number)  # -: its whole group
 
     changes = dict.fromkeys(PATHS, slow)
     settings = behind_fakes(guest, start_fake, changes)
     run = guest.start("bash", "verify.sh", **settings)
     assert reached.wait(20)
     assert len(guest.authserver.clients()) == len(before) + 1
-    os.kill(run.pid if number == signal.SIGTERM else -run.pid, number)  # -: its whole group
+    send_signal()
     output, errors = run.communicate(timeout=8)  # the agent, by itself, would take 10 s
     assert run.returncode == 1
     assert errors == ""

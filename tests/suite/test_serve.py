@@ -1,4 +1,4 @@
-"""The program tests/tier01/serve.py and its protected MCP server."""
+"""serve.py: it ends without an authorization server, and on a signal."""
 
 import signal
 import socket
