@@ -42,7 +42,7 @@ exec_agent() {
   # servers on this host need no proxy and no certificates, whatever is configured
   if is_local "$1" && is_local "$MCP_URL"; then
     export no_proxy='*' # Python prefers it to NO_PROXY
-    unset SSL_CERT_FILE SSL_CERT_DIR
+    unset SSL_CERT_FILE
   fi
   exec .venv/bin/python -I agent.py
 }
