@@ -39,7 +39,8 @@ lint: ## Check style, types and shell
 	@tests/.venv/bin/ruff check
 	@tests/.venv/bin/ruff format --check
 	@tests/.venv/bin/pyright
-	@tests/.venv/bin/shellcheck -x verify.sh tests/harness/start.sh tests/harness/install.sh .ci/*
+	@if [ -e tests/.venv/bin/shellcheck ]; then \
+	  tests/.venv/bin/shellcheck -x verify.sh tests/harness/start.sh tests/harness/install.sh .ci/*; fi
 
 lock: ## Pin the newest versions that pyproject.toml allows
 	@$(INSTALL) tests/.venv lint

@@ -13,6 +13,7 @@ find_network() {
   # a company's proxy can respond to any URL, so the response has to name this issuer
   if [ "$status" = 200 ] && [ "$(jq -r .issuer "$work/body" 2>/dev/null)" = "$1" ]; then return; fi
   network=$(docker ps --filter "publish=${AUTHSERVER_URL##*:}" --format '{{.Networks}}' 2>/dev/null) || network=''
+  network=${network%%,*} # the container can be in several
   runtime="in network $network: the issuer $1 is not reachable from this host"
   [ -n "$network" ] || fail "the issuer $1 is not reachable from this host, and no container has the port of $AUTHSERVER_URL"
 }

@@ -1,8 +1,8 @@
 # shellcheck shell=bash
 # Compares what the servers respond, and cleans up. Sourced after agent.sh.
 
-# prepare_clean_up: makes the folder $work, and calls clean_up at the end of the run, however it ends. Sets what clean_up
-# looks at, also if the run ends early.
+# prepare_clean_up: makes the folder $work, and calls clean_up at the end of the run, however it ends. Sets the variables that
+# clean_up reads.
 prepare_clean_up() {
   client_id='' # the client that this run registers, never the one in .env
   agent_pid=''

@@ -19,7 +19,7 @@ if is_local "$AUTHSERVER_URL" && [ "$status" = "no response" ]; then
   (
     export AUTHSERVER_URL ADMIN_URL MCP_URL AUTHPLANE_ADMIN_API_KEY RESOURCE_URI MCP_SERVER_NAME
     tests/.venv/bin/python -I tests/tier01/background.py start
-  ) || exit # -e is not enough for bash 3.2
+  ) || exit # bash 3.2 doesn't apply -e to a subshell
   started_here=yes
   request_metadata "$AUTHSERVER_URL"
 fi

@@ -14,7 +14,7 @@ INSTALLING = "installing tests/requirements/agent.txt into .venv\n"
 
 
 def test_run_starts_a_stand_in(sandbox: Sandbox) -> None:
-    """It holds no pipe, terminal, proxy and secret of what started it; a second run finds it."""
+    """It inherits no pipe, terminal, proxy or secret. A second run finds it."""
     foreign = {"CLIENT_SECRET": "x", "SSL_CERT_FILE": "/nowhere", "ALL_PROXY": "socks5://there:1"}
     own = {
         "AUTHPLANE_ADMIN_API_KEY": ADMIN_KEY,
@@ -122,15 +122,15 @@ def test_installs_the_pinned_packages(guest: Sandbox) -> None:
     """
     constraint = guest.folder / "constraint.txt"
     constraint.write_text("h11==0.0.1\n")
-    elsewhere = {"PIP_USER": "1", "PIP_TARGET": "there", "PIP_CONSTRAINT": str(constraint)}
-    elsewhere |= {"PIP_DRY_RUN": "1", "PIP_PREFIX": "there", "PIP_ROOT": "there"}
-    elsewhere |= {"PYTHONHOME": "/nowhere", "LC_ALL": "none"}
+    hostile_settings = {"PIP_USER": "1", "PIP_TARGET": "there", "PIP_CONSTRAINT": str(constraint)}
+    hostile_settings |= {"PIP_DRY_RUN": "1", "PIP_PREFIX": "there", "PIP_ROOT": "there"}
+    hostile_settings |= {"PYTHONHOME": "/nowhere", "LC_ALL": "none"}
     break_environment(guest.project / ".venv")
     requirements = guest.project / "tests/requirements/agent.txt"
     pinned = re.findall(r"(?ms)^(?:h11|idna)==.*?[^\\]$", requirements.read_text())
     for count, printed in ((1, INSTALLING), (2, INSTALLING), (2, "")):
         requirements.write_text("\n".join(pinned[:count]))
-        result = guest.make("run", **elsewhere)
+        result = guest.make("run", **hostile_settings)
         expected = printed + RUNNING.format(guest)
         assert (result.stdout, result.stderr) == (expected, "")
     installed = guest.project.glob(".venv/lib/*/*/*.dist-info")

@@ -30,14 +30,14 @@ from sandbox import Sandbox, wait_until
 PATHS = {"AUTHSERVER_URL": "", "ADMIN_URL": "", "MCP_URL": "/mcp"}
 
 
-def masked(output: str) -> str:
+def without_ports(output: str) -> str:
     """Return the output with the ports of this run replaced."""
     return re.sub(r"localhost:\d+", "localhost:PORT", output)
 
 
 [TRANSCRIPT] = blocks(section(README, "Run it"), "text")
 # what verify.sh prints if the resource is registered already
-CHECKS = masked(TRANSCRIPT[TRANSCRIPT.index("✓") :]).replace(" 201\n", " 409\n", 1)
+CHECKS = without_ports(TRANSCRIPT[TRANSCRIPT.index("✓") :]).replace(" 201\n", " 409\n", 1)
 
 
 def behind_fakes(
@@ -52,17 +52,17 @@ def behind_fakes(
 
 
 def test_checks_everything_and_leaves_nothing(guest: Sandbox, servers: Sandbox) -> None:
-    """Two runs at once do not disturb each other. Each of them reads the metadata twice."""
+    """Two runs at once don't disturb each other. Metadata that are there aren't requested again."""
     before = guest.authserver.clients()
     metadata_requests = servers.log.read_text().count("oauth-authorization-server")
     runs = [guest.start("bash", "verify.sh") for _ in range(2)]
     for run in runs:
         output, errors = run.communicate(timeout=60)
-        assert (masked(output), errors, run.returncode) == (CHECKS, "", 0)
+        assert (without_ports(output), errors, run.returncode) == (CHECKS, "", 0)
     assert guest.authserver.clients() == before
     assert guest.leftovers() == []
     requested = servers.log.read_text().count("oauth-authorization-server") - metadata_requests
-    assert requested == 4  # the agent does so, too
+    assert requested == 4  # one by each verify.sh, and one by each agent
 
 
 def test_holds_in_any_environment(guest: Sandbox, sandbox: Sandbox) -> None:
@@ -202,14 +202,14 @@ def test_the_agent_fails(guest: Sandbox, exit_status: int, last_line: str) -> No
     assert section(README, "When the agent fails")
 
 
-CLIENT_STAYS = {
+FAILED_DELETIONS = {
     "500 Oops": "client {} was not deleted (500): delete it manually",
     "403 Forbidden": "client {} was not deleted (403): delete it manually",
     "204 No Content": "deleted client: rejected: expected 401 invalid_client, got 200",
 }
 
 
-@pytest.mark.parametrize(("status", "message"), CLIENT_STAYS.items())
+@pytest.mark.parametrize(("status", "message"), FAILED_DELETIONS.items())
 def test_a_client_that_stays_is_reported(
     start_fake: StartFake, guest: Sandbox, status: str, message: str
 ) -> None:
@@ -232,6 +232,21 @@ def test_metadata_of_the_issuer(start_fake: StartFake, guest: Sandbox) -> None:
     assert request.path == "/.well-known/oauth-authorization-server/[1-9]"
 
 
+def test_the_agent_runs_in_a_network(start_fake: StartFake, guest: Sandbox) -> None:
+    """It is that of the container, the first if there are several."""
+    guest.make_tool("docker", "echo first,second")
+    issuer = {"AUTHSERVER_URL": with_issuer("http://no.invalid/\x1b[2J")}
+    result = guest.verify(**behind_fakes(guest, start_fake, issuer))
+    assert "\n  the agent runs in network first: the issuer http://no.invalid/?[2J" in result.stdout
+
+
+def test_uses_a_proxy_for_other_machines(start_fake: StartFake, guest: Sandbox) -> None:
+    proxy = start_fake(lambda _: HTML)
+    guest.verify(AUTHSERVER_URL="http://as.invalid", http_proxy=proxy.url)
+    [request] = proxy.requests
+    assert request.path == "http://as.invalid/.well-known/oauth-authorization-server"
+
+
 def test_passes_for_other_servers_as_they_should_be(start_fake: StartFake, guest: Sandbox) -> None:
     """That is an older authserver, and an MCP server whose challenge has capital letters.
 
@@ -246,7 +261,7 @@ def test_passes_for_other_servers_as_they_should_be(start_fake: StartFake, guest
     changes = {"AUTHSERVER_URL": older, "MCP_URL": capitals}
     result = guest.verify(**behind_fakes(guest, start_fake, changes))
     expected = CHECKS.replace("invalid_target", "invalid_scope").replace(" (by a stand-in)", "")
-    assert masked(result.stdout) == expected
+    assert without_ports(result.stdout) == expected
 
 
 def test_an_id_and_a_secret_of_any_characters(start_fake: StartFake, guest: Sandbox) -> None:

@@ -21,7 +21,7 @@ ADMIN_KEY = os.environ.get("AUTHPLANE_ADMIN_API_KEY", "")
 TOKEN_SECONDS = int(os.environ.get("TOKEN_SECONDS") or 3600)
 METADATA = {  # RFC 8414 section 2; stand_in is for is_stand_in in requests.sh
     "issuer": ISSUER,
-    "authorization_endpoint": f"{ISSUER}/oauth/authorize",  # some clients reject it without
+    "authorization_endpoint": f"{ISSUER}/oauth/authorize",  # some clients require it
     "token_endpoint": f"{ISSUER}/oauth/token",
     "jwks_uri": f"{ISSUER}/.well-known/jwks.json",
     "response_types_supported": [],
@@ -90,7 +90,7 @@ async def token(request: Request) -> Response:
 def authenticate(header: str) -> Client | None:
     """Return the client whose id and secret are in the header, HTTP Basic (RFC 6749, 2.3.1).
 
-    Both have only characters that are the same when they are percent-encoded.
+    Nothing is percent-decoded, because ids and secrets here are URL-safe.
     """
     credentials = base64.b64decode(header.removeprefix("Basic ")).decode()
     client_id, _, secret = credentials.partition(":")

@@ -2,7 +2,7 @@
 
 The file LOG is the log of serve.py, which inherits the lock of this file with its standard output.
 The kernel frees the lock when serve.py ends, however it ends. So a file that is left over is
-harmless, and an unrelated process that reuses the number is never killed.
+harmless, and an unrelated process that reuses its process id is never killed.
 """
 
 import os
@@ -114,3 +114,5 @@ if __name__ == "__main__":
             stop()
     except FileNotFoundError:  # LOG
         sys.exit("tier 01 was stopped while it was starting")
+    except ValueError:  # LOG has no number yet
+        sys.exit("tier 01 is starting: run the command again")
