@@ -34,6 +34,12 @@ def test_blocks_and_counts(sandbox: Sandbox) -> None:
     at_the_top, program = blocks(README, "python")
     assert program == RELAY_SERVER
     assert indent(at_the_top, "    ") in program
+    with_sdk = blocks(section(README, "In your server"), "sh")[0].splitlines()
+    [without_sdk] = blocks(section(EXAMPLES, "Without the SDK"), "sh")
+    venv, pip, other_url, start = without_sdk.splitlines()
+    assert [venv, start] == [with_sdk[0], with_sdk[3]]
+    assert with_sdk[1].startswith(pip.split('"')[0])
+    assert with_sdk[2].startswith(other_url)
     assert blocks(section(EXAMPLES, "Without the SDK"), "python") == [WITHOUT_SDK]
 
 
