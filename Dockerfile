@@ -5,7 +5,7 @@ FROM ${PYTHON_IMAGE} AS dependencies
 WORKDIR /app
 COPY tests/requirements/agent.txt ./
 RUN python -m venv --without-pip .venv \
-    && pip --python .venv/bin/python install --no-cache-dir --quiet -r agent.txt
+    && pip --python .venv/bin/python install --no-cache-dir --quiet --require-hashes -r agent.txt
 
 FROM ${PYTHON_IMAGE}
 WORKDIR /app

@@ -49,7 +49,7 @@ lock: ## Pin the newest versions that pyproject.toml allows
 	@$(PIN) --output-file tests/requirements/test.txt --group test -c tests/requirements/tier01.txt
 	@$(PIN) --output-file tests/requirements/lint.txt --group lint -c tests/requirements/tier01.txt -c tests/requirements/test.txt
 
-clean: ## Stop and remove what `make run` has started and made
+clean: ## Stop and remove what `make run` started and created
 	@for python in tests/.venv/bin/python $(PY) python3; do \
 	  if [ -e .started ] && command -v $$python >/dev/null; then $$python -I tests/tier01/background.py stop; fi; \
 	done

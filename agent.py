@@ -15,7 +15,7 @@ INITIALIZE = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": PARAM
 
 
 async def main() -> None:
-    """Print the response. Raise an exception if it isn't that of the expected server."""
+    """Print the response. Raise an exception if another server responds."""
     url = environ["MCP_URL"]
     expected = environ.get("MCP_SERVER_NAME") or "demo-server"
     headers = {"Accept": "application/json, text/event-stream"}
@@ -58,7 +58,7 @@ async def read_reply(response: httpx.Response) -> object:
         *events, stream = re.split(rb"\r\n\r\n|\n\n|\r\r", stream + chunk)  # at blank lines
         for event in events:
             data = b"".join(line[5:] for line in event.splitlines() if line.startswith(b"data:"))
-            if data.lstrip().startswith(b"{"):  # skips what isn't a JSON object
+            if data.lstrip().startswith(b"{"):  # skips what is no JSON object
                 reply = json.loads(data)
                 if reply.get("id") == 1 and ("result" in reply or "error" in reply):
                     return reply

@@ -8,21 +8,21 @@ CDPATH='' cd "$(dirname "$0")"
 . tests/harness/agent.sh
 . tests/harness/checks.sh
 
+prepare_clean_up
 read_settings
 check_settings
-prepare_clean_up
 
 # Step 1. Read the issuer from the metadata. The agent runs on this host if it can reach the issuer, and otherwise in a
 # container.
 request_metadata "$AUTHSERVER_URL"
 check "discovery" 200 "is there an authorization server at $AUTHSERVER_URL? make run starts one"
 issuer=$(json_field issuer)
-passed="ALL CHECKS PASSED"
-if is_stand_in; then passed+=" (by a stand-in)"; fi
+verdict="ALL CHECKS PASSED"
+if is_stand_in; then verdict+=" (by a stand-in)"; fi
 find_network "$issuer"
 printf '  the agent runs %s\n' "$(printable "$runtime")"
 
-# The MCP server is protected: it rejects a request without a token, and names its metadata.
+# The MCP server is protected: it rejects a request without a token, and its response has the URL of its metadata.
 request_mcp ''
 check "no token: rejected" "401 bearer resource_metadata" "is there a protected MCP server at $MCP_URL?"
 
@@ -48,7 +48,7 @@ client_id=$(json_field client_id)
 client_secret=$(json_field client_secret)
 request_token "$client_id" "$client_secret" scope=mcp:echo "resource=$RESOURCE_URI"
 check "token: issued" 200 \
-  "if demo-mcp was registered earlier (409) with another uri or other scopes, use another slug, or restart a stand-in: make clean"
+  "if demo-mcp was registered earlier (409) with another uri or other scopes, change the slug in verify.sh, or restart a stand-in: make clean"
 token=$(json_field access_token)
 
 # Step 4. Run the agent, which requests a token of its own, and calls the MCP server with it.
@@ -80,4 +80,4 @@ delete_client "$client_id"
 check "client: deleted" 204 "delete the client manually"
 request_token "$client_id" "$client_secret" scope=mcp:echo "resource=$RESOURCE_URI"
 check "deleted client: rejected" "401 invalid_client" "the authorization server must reject a deleted client"
-echo "$passed"
+echo "$verdict"

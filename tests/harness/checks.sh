@@ -8,9 +8,10 @@ prepare_clean_up() {
   agent_pid=''
   container=02-agent-$$-$RANDOM
   network=''
-  work=$(mktemp -d "${TMPDIR:-/tmp}/tier02.XXXXXX")
+  work=''
   trap clean_up EXIT
   trap 'exit 1' HUP INT QUIT TERM
+  make_work_folder
 }
 
 # check NAME EXPECTED HELP: prints result, and fails unless it matches EXPECTED, a regular expression. The message has HELP, and
@@ -28,7 +29,7 @@ check() {
     "no response") reason=$curl_error ;;
     [45]??) reason=$(head -c 300 "$work/body") ;;
   esac
-  fail "$1: expected $2, got ${shown:0:300}${reason:+ ($reason)}: $3"
+  fail "$1: expected $2, got ${shown:0:600}${reason:+ ($reason)}: $3"
 }
 
 # clean_up: ends the agent, deletes the client, removes the files, and ends with the exit status of the run.

@@ -38,7 +38,8 @@ else
 fi
 
 echo "installing $requirements into $folder"
-# what people set for their own packages would change where pip installs these, or whether it does
+# these would change where pip installs, or prevent it
 unset PIP_CONSTRAINT PIP_DRY_RUN PIP_PREFIX PIP_ROOT PIP_TARGET
-PIP_USER=0 "$folder/bin/python" -I -m pip install --quiet --disable-pip-version-check --no-compile -r "$requirements"
+PIP_USER=0 "$folder/bin/python" -I -m pip install --quiet --disable-pip-version-check --no-compile \
+  --require-hashes -r "$requirements"
 cp "$requirements" "$installed"

@@ -8,9 +8,10 @@ CDPATH='' cd "$(dirname "$0")/../.."
 
 read_settings
 check_settings
-work=$(mktemp -d "${TMPDIR:-/tmp}/tier02.XXXXXX")
-trap 'rm -rf "$work"' EXIT
+work=''
+trap 'trap "" HUP INT QUIT TERM; rm -rf "$work"' EXIT
 trap 'exit 1' HUP INT QUIT TERM
+make_work_folder
 
 started_here=''
 request_metadata "$AUTHSERVER_URL"
@@ -38,6 +39,6 @@ fi
 request_mcp ''
 if [ "$status" != 401 ]; then
   if [ -n "$started_here" ]; then tests/.venv/bin/python -I tests/tier01/background.py stop; fi
-  fail "$MCP_URL is no protected MCP server (expected 401, got $status): start it, or correct MCP_URL (no trailing slash)"
+  fail "$MCP_URL is not a protected MCP server (expected 401, got $status): start it, or correct MCP_URL (no trailing slash)"
 fi
 echo "tier 01 is running: $AUTHSERVER_URL$stand_in and $MCP_URL"

@@ -29,8 +29,8 @@ class AuthserverClient(NamedTuple):
     def register_client(self, scope: str = "mcp:echo") -> Credentials:
         client = {"client_name": "test", "grant_types": ["client_credentials"], "scope": scope}
         client["token_endpoint_auth_method"] = "client_secret_basic"
-        view = self.admin("POST", "clients", json=client).json()
-        return view["client_id"], view["client_secret"]
+        registered = self.admin("POST", "clients", json=client).json()
+        return registered["client_id"], registered["client_secret"]
 
     def delete_client(self, client_id: str) -> None:
         self.admin("DELETE", f"clients/{client_id}?force=true")

@@ -32,6 +32,8 @@ def test_run_starts_a_stand_in(sandbox: Sandbox) -> None:
         assert not (sandbox.project / name).stat().st_mode & 0o077
     assert sandbox.make("run").stdout == RUNNING.format(sandbox)
     assert sandbox.processes() == [server]
+    assert sandbox.make("run", MCP_URL="http://localhost:1/mcp").returncode != 0
+    assert sandbox.processes() == [server]
     server.kill()
     server.wait(10)
     assert sandbox.make("run").stdout == RUNNING.format(sandbox)
@@ -92,7 +94,11 @@ def test_python_is_missing(sandbox: Sandbox) -> None:
         ("AUTHSERVER_URL", "http://localhost.invalid", "=http://localhost.invalid (no response, "),
         ("AUTHSERVER_URL", "localhost", "AUTHSERVER_URL=localhost: it must be an http"),
         ("RESOURCE_URI", 'http://a/"', 'RESOURCE_URI=http://a/": it must be an http'),
-        ("RESOURCE_URI", "{0.issuer}/other", "is no protected MCP server (expected 401, got 404)"),
+        (
+            "RESOURCE_URI",
+            "{0.issuer}/other",
+            "is not a protected MCP server (expected 401, got 404)",
+        ),
         ("TOKEN_SECONDS", "x", "tier 01 did not start: ValueError: invalid literal for int()"),
     ],
 )
@@ -108,7 +114,7 @@ def test_keeps_what_it_did_not_make(guest: Sandbox) -> None:
     (guest.project / ".started").write_text(f"process {other.pid}\n")
     assert guest.make("run").stdout == RUNNING.format(guest)
     wrong = guest.make("run", MCP_URL="http://localhost:1/mcp")
-    assert "http://localhost:1/mcp is no protected MCP server" in wrong.stderr
+    assert "http://localhost:1/mcp is not a protected MCP server" in wrong.stderr
     assert guest.make("clean").returncode == 0
     assert status_of(guest.mcp_url) == 401
     assert other.poll() is None

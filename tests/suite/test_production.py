@@ -78,7 +78,7 @@ async def test_the_relay_server_with_the_lines_of_the_page(production: Sandbox) 
     settings = production.relay_settings(production.authserver.register_client(), port)
     settings["FASTMCP_HOST"] = "0.0.0.0"  # noqa: S104
     server = production.start_logged(PYTHON, program, **settings)
-    wait_until(lambda: server.poll() or status_of(url), f"the server, {production.log}")
+    wait_until(lambda: server.poll() is not None or status_of(url), f"the server, {production.log}")
     async with Client(url) as client:
         result = await client.call_tool("relay", {"text": "hello"})
     assert "hello" in str(result.content)

@@ -49,6 +49,7 @@ def with_short_timeouts(program: str) -> str:
     return replace_once(program, "timeout=10", "timeout=3")
 
 
+ISSUER = 'environ["AUTHPLANE_ISSUER"]'
 OTHER_URL = 'environ["OTHER_MCP_URL"]'
 SHORT_TIMEOUTS = with_short_timeouts(RELAY_SERVER)
 MASKED = "Error calling tool 'relay'"
@@ -56,7 +57,7 @@ ROWS = table(section(EXAMPLES, "When a call fails"))
 
 
 def row(beginning: str) -> list[str]:
-    """Return the cells of the row of the page's table whose first one begins so."""
+    """Return the cells of the row of the page's table whose first cell begins with this."""
     [cells] = [cells for cells in ROWS if cells[0].startswith(beginning)]
     return cells
 
@@ -82,7 +83,7 @@ def start(
     client = client or tier01.authserver.register_client("mcp:echo mcp:other")
     settings = tier01.relay_settings(client, relay.ports[2])
     server = relay.start_logged(RELAY_PYTHON, "-c", program, **settings)
-    wait_until(lambda: server.poll() or status_of(relay.mcp_url), f"relay: {relay.log}")
+    wait_until(lambda: server.poll() is not None or status_of(relay.mcp_url), f"relay: {relay.log}")
     return server
 
 
@@ -162,9 +163,9 @@ async def test_the_authorization_server_is_overloaded(
 
 
 class Case(NamedTuple):
-    """The row of the page's table, and what is replaced in the program to provoke it."""
+    """The beginning of a row of the page's table, and what is replaced to provoke it."""
 
-    row: str
+    beginning: str
     old: str
     new: str
 
@@ -187,7 +188,7 @@ NO_TRACEBACK = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 async def test_a_call_fails(sandbox: Sandbox, servers: Sandbox, case: Case) -> None:
     start(sandbox, servers, replace_once(SHORT_TIMEOUTS, case.old, case.new))
-    cells = row(case.row)
+    cells = row(case.beginning)
     assert await call_tool(sandbox) == caller_sees(cells)
     assert any(text in last_error(sandbox) for text in quoted(cells[0])), last_error(sandbox)
 
@@ -198,7 +199,7 @@ async def test_a_call_fails_without_a_traceback(
 ) -> None:
     servers.authserver.register_resource("tool-scope", servers.mcp_url, "mcp:other")
     start(sandbox, servers, replace_once(SHORT_TIMEOUTS, case.old, case.new))
-    [cells] = [cells for cells in ROWS if cells[1].startswith(case.row)]
+    [cells] = [cells for cells in ROWS if cells[1].startswith(case.beginning)]
     seen = await call_tool(sandbox)
     assert seen == (quoted(cells[2]) or ["1 validation error for call[echo]"])[0]
     assert "─ Traceback" not in sandbox.log.read_text()
@@ -236,7 +237,7 @@ def test_it_does_not_start(
     silent = start_fake(lambda _: None).url
     program = replace_once(SHORT_TIMEOUTS, case.old, case.new.replace("SILENT", silent))
     assert start(sandbox, servers, program).wait(10) != 0
-    assert quoted(row(case.row)[0])[0] in sandbox.log.read_text()
+    assert quoted(row(case.beginning)[0])[0] in sandbox.log.read_text()
 
 
 @on_fastmcp_4
@@ -304,7 +305,6 @@ async def test_calls_with_the_provider_do_not_wait_for_each_other(
     assert await asyncio.gather(*[call_tool(sandbox) for _ in range(4)]) == ["hello"] * 4
 
 
-ISSUER = 'environ["AUTHPLANE_ISSUER"]'
 PROVIDER_CASES = {
     "client": Case("`Token exchange failed (401)", 'environ["CLIENT_SECRET"]', '"wrong"'),
     "scope": Case("`Token exchange failed (400)", '["mcp:echo"]', '["mcp:a"]'),
@@ -321,7 +321,7 @@ async def test_a_call_with_the_provider_fails(
 ) -> None:
     start(sandbox, servers, replace_once(WITHOUT_SDK, case.old, case.new))
     assert await call_tool(sandbox) == MASKED
-    assert_provider_failed(sandbox, case.row)
+    assert_provider_failed(sandbox, case.beginning)
 
 
 def assert_provider_failed(relay: Sandbox, beginning: str) -> None:

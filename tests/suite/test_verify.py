@@ -52,7 +52,7 @@ def behind_fakes(
 
 
 def test_checks_everything_and_leaves_nothing(guest: Sandbox, servers: Sandbox) -> None:
-    """Two runs at once don't disturb each other. Metadata that are there aren't requested again."""
+    """Two runs at once don't disturb each other. Each program requests the metadata once."""
     before = guest.authserver.clients()
     metadata_requests = servers.log.read_text().count("oauth-authorization-server")
     runs = [guest.start("bash", "verify.sh") for _ in range(2)]

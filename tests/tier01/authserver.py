@@ -92,7 +92,10 @@ def authenticate(header: str) -> Client | None:
 
     Nothing is percent-decoded, because ids and secrets here are URL-safe.
     """
-    credentials = base64.b64decode(header.removeprefix("Basic ")).decode()
+    try:
+        credentials = base64.b64decode(header.removeprefix("Basic ")).decode()
+    except ValueError:
+        return None
     client_id, _, secret = credentials.partition(":")
     client = clients.get(client_id)
     if client and secrets.compare_digest(client.client_secret.encode(), secret.encode()):
@@ -127,7 +130,7 @@ def access_token(client: Client, audience: str, scope: str) -> str:
 
 
 async def check_admin_key(request: Request, call_next: RequestResponseEndpoint) -> Response:
-    """Reject requests without the admin API key. If none is configured, that is all of them."""
+    """Reject requests without the admin API key; without a configured key, every request."""
     sent = request.headers.get("Authorization", "").encode("latin-1")
     if secrets.compare_digest(sent, f"Bearer {ADMIN_KEY}".encode()):
         return await call_next(request)

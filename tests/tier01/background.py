@@ -71,6 +71,8 @@ def start() -> None:
         signal.signal(number, lambda number, _: interrupted.append(number))
     with LOG.open("a") as log:
         if try_lock(log):
+            if not os.path.samestat(os.fstat(log.fileno()), LOG.stat()):
+                raise FileNotFoundError(LOG)  # stop has removed the file that is locked here
             log.truncate(0)
             server = subprocess.Popen(
                 [sys.executable, Path(__file__).with_name("serve.py")],
