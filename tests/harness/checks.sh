@@ -8,6 +8,7 @@ prepare_clean_up() {
   agent_pid=''
   container=02-agent-$$-$RANDOM
   network=''
+  url=''
   work=''
   trap clean_up EXIT
   trap 'exit 1' HUP INT QUIT TERM
@@ -42,7 +43,8 @@ clean_up() {
     wait "$agent_pid" 2>/dev/null
     if [ -n "$network" ]; then docker rm --force "$container" >/dev/null 2>&1; fi
   fi
-  if [ -z "$client_id" ]; then # the run may have ended before it read the id in the response
+  # the run may have ended before it read the id in the response to its registration
+  if [ -z "$client_id" ] && [ "$url" = "$ADMIN_URL/admin/clients" ]; then
     client_id=$(jq -r '.client_id | strings' "$work/body" 2>/dev/null)
   fi
   if [ -n "$client_id" ]; then

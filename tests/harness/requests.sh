@@ -9,7 +9,7 @@
 #   curl_error  why there was no response
 # and leaves the response in the files headers and body of $work.
 
-# make_work_folder: sets work to a new folder. A signal that comes meanwhile is handled when work is set.
+# make_work_folder: sets work to a new folder. Signals wait until it is set.
 make_work_folder() {
   work=$(
     trap '' HUP INT QUIT TERM

@@ -170,12 +170,12 @@ class Case(NamedTuple):
     new: str
 
 
-REJECTED = "FastMCP 3" if FASTMCP == "3" else "FastMCP 4"
+AUDIENCE_ROW = "FastMCP 3" if FASTMCP == "3" else "FastMCP 4"
 CASES = {
     "client": Case("`InvalidClientError`", 'environ["CLIENT_SECRET"]', '"wrong"'),
     "resource": Case("`InvalidTargetError`", "[OTHER_RESOURCE]", '["http://a"]'),
     "scope": Case("`InvalidScopeError`", '["mcp:echo"]', '["mcp:a"]'),
-    "audience": Case(REJECTED, "[OTHER_RESOURCE]", "[]"),
+    "audience": Case(AUDIENCE_ROW, "[OTHER_RESOURCE]", "[]"),
     "path": Case("`Not Found`", "(OTHER_URL", "(OTHER_URL + '/x'"),
     "other server": Case("`Client failed to connect: All", "(OTHER_URL", '("http://localhost:1"'),
 }

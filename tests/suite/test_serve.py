@@ -17,6 +17,11 @@ def test_ends_without_an_authorization_server(sandbox: Sandbox) -> None:
     assert last.startswith(f"mcp_server.py: the authorization server {sandbox.issuer}: ")
 
 
+def test_the_admin_api_is_closed_without_a_key(sandbox: Sandbox) -> None:
+    sandbox.serve("authserver", AUTHPLANE_ADMIN_API_KEY="")
+    assert sandbox.authserver.admin("GET", "clients", headers={}).status_code == 401
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_listens_on_loopback_until_a_signal(sandbox: Sandbox, number: int) -> None:
     server = sandbox.serve()

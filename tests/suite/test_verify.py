@@ -276,6 +276,14 @@ def test_an_id_and_a_secret_of_any_characters(start_fake: StartFake, guest: Sand
     assert admin.requests[-1].path == "/admin/clients/..%2Fx?force=true"
 
 
+def test_deletes_no_client_that_another_server_names(
+    start_fake: StartFake, guest: Sandbox, credentials: Credentials
+) -> None:
+    named = http_response("200 OK", json.dumps({"client_id": credentials[0]}))
+    guest.verify(**behind_fakes(guest, start_fake, {"MCP_URL": respond_to(b"", named)}))
+    assert credentials[0] in guest.authserver.clients()
+
+
 def test_its_requests_to_the_mcp_server_are_the_agents(
     start_fake: StartFake, guest: Sandbox
 ) -> None:
@@ -286,11 +294,11 @@ def test_its_requests_to_the_mcp_server_are_the_agents(
         return forward(request)
 
     guest.verify(**behind_fakes(guest, start_fake, {"MCP_URL": recorded}))
-    without_token, agents, _, *others = received  # the third ends the agent's session
+    without_token, from_agent, _, *others = received  # the third ends the agent's session
     for request in (without_token, *others):
-        assert json.loads(request.body) == json.loads(agents.body)
+        assert json.loads(request.body) == json.loads(from_agent.body)
         for name in ("accept", "content-type"):
-            assert request.headers[name] == agents.headers[name]
+            assert request.headers[name] == from_agent.headers[name]
     tampered, other = (each.headers["authorization"].split(".") for each in others)
     assert tampered[:2] != other[:2]
     assert tampered[2:] == other[2:]  # only the signature is that of another token

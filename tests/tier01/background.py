@@ -2,7 +2,7 @@
 
 The file LOG is the log of serve.py, which inherits the lock of this file with its standard output.
 The kernel frees the lock when serve.py ends, however it ends. So a file that is left over is
-harmless, and an unrelated process that reuses its process id is never killed.
+harmless.
 """
 
 import os
@@ -51,7 +51,7 @@ def address(name: str) -> str:
 
 
 def try_lock(log: IO[str]) -> bool:
-    """Take the lock until the log is closed. Return False if serve.py has it, which is running."""
+    """Take the lock until the log is closed. Return False if another process has it."""
     try:
         flock(log, LOCK_EX | LOCK_NB)
     except BlockingIOError:
@@ -103,7 +103,8 @@ def stop() -> None:
     with suppress(FileNotFoundError), LOG.open("r+") as log:
         if not try_lock(log):
             pid = int(log.readline().removeprefix("process "))
-            os.kill(pid, signal.SIGKILL)  # it has nothing to save
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)  # it has nothing to save
             flock(log, LOCK_EX)  # when it has ended
         LOG.unlink()
 

@@ -27,7 +27,7 @@ def listen(variable: str) -> socket.socket:
 
 
 async def main() -> None:
-    """Print `ready` when the chosen servers are. Raises SystemExit if one of them can't start."""
+    """Print `ready` when the chosen servers listen. Raises SystemExit if one can't start."""
     chosen = sys.argv[1:] or ["authserver", "mcp-server"]
     async with asyncio.TaskGroup() as tasks:
         if "authserver" in chosen:
