@@ -44,7 +44,7 @@ clean_up() {
     if [ -n "$network" ]; then docker rm --force "$container" >/dev/null 2>&1; fi
   fi
   # the run may have ended before it read the id in the response to its registration
-  if [ -z "$client_id" ] && [ "$url" = "$ADMIN_URL/admin/clients" ]; then
+  if [ -z "$client_id" ] && [ "$url" = "${ADMIN_URL-}/admin/clients" ]; then
     client_id=$(jq -r '.client_id | strings' "$work/body" 2>/dev/null)
   fi
   if [ -n "$client_id" ]; then
