@@ -4,6 +4,7 @@
 set -euo pipefail
 CDPATH='' cd "$(dirname "$0")"
 . tests/harness/settings.sh
+. tests/harness/cleanup.sh
 . tests/harness/requests.sh
 . tests/harness/agent.sh
 . tests/harness/checks.sh
@@ -20,6 +21,8 @@ issuer=$(json_field issuer)
 verdict="ALL CHECKS PASSED"
 if is_stand_in; then verdict+=" (by a stand-in)"; fi
 find_network "$issuer"
+runtime="on this host: the issuer is $issuer"
+if [ -n "$network" ]; then runtime="in network $network: the issuer $issuer is not reachable from this host"; fi
 printf '  the agent runs %s\n' "$(printable "$runtime")"
 
 # The MCP server is protected: it rejects a request without a token, and its response has the URL of its metadata.

@@ -1,32 +1,25 @@
 # shellcheck shell=bash
 # Finds out where the agent has to run, and runs it there. Sourced after requests.sh.
 
-# find_network ISSUER: finds out whether this host can reach the issuer, or only a container can. Sets
-#   network  the Docker network in which the agent must run; empty if it runs on this host
-#   runtime  the same in words
-# The network is that of the container that publishes the port of AUTHSERVER_URL.
+# find_network ISSUER: sets network to the Docker network in which the agent must run. It is empty if this host can reach the
+# issuer, and otherwise that of the container that publishes the port of AUTHSERVER_URL.
 find_network() {
   network=''
-  runtime="on this host: the issuer is $1"
   if [ "$1" = "$AUTHSERVER_URL" ]; then return; fi # this URL has just responded
   request_metadata "$1"
   # a company's proxy can respond to any URL, so the response has to name this issuer
   if [ "$status" = 200 ] && [ "$(jq -r .issuer "$work/body" 2>/dev/null)" = "$1" ]; then return; fi
   network=$(docker ps --filter "publish=${AUTHSERVER_URL##*:}" --format '{{.Networks}}' 2>/dev/null) || network=''
   network=${network%%,*} # the container can be in several
-  runtime="in network $network: the issuer $1 is not reachable from this host"
   [ -n "$network" ] || fail "the issuer $1 is not reachable from this host, and no container has the port of $AUTHSERVER_URL"
 }
 
 # run_agent ISSUER ID SECRET: runs the agent as this client. Sets result to its exit status and the last line that it prints.
-# The agent runs in the background, because bash runs a trap during wait, and not during a foreground command. clean_up needs
-# agent_pid.
+# The agent runs in the background, because bash runs a trap during wait, and not during a foreground command.
 run_agent() {
   local exit_status=0
   exec_agent "$@" >"$work/agent" 2>&1 &
-  agent_pid=$!
-  wait "$agent_pid" || exit_status=$?
-  agent_pid=''
+  wait "$!" || exit_status=$?
   result="exit $exit_status, $(tail -n 1 "$work/agent")"
   status='' # check has no response to show
 }

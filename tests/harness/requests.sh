@@ -1,6 +1,5 @@
 # shellcheck shell=bash
-# Sends requests to the authorization server, its admin API and the MCP server. Sourced after settings.sh; $work is a folder
-# for the responses.
+# Sends requests to the authorization server, its admin API and the MCP server. Sourced after cleanup.sh.
 #
 # Each function that sends a request sets
 #   url         where the request went
@@ -8,14 +7,6 @@
 #   result      what check compares: the status, and what else matters in this response
 #   curl_error  why there was no response
 # and leaves the response in the files headers and body of $work.
-
-# make_work_folder: sets work to a new folder. Signals wait until it is set.
-make_work_folder() {
-  work=$(
-    trap '' HUP INT QUIT TERM
-    mktemp -d "${TMPDIR:-/tmp}/tier02.XXXXXX"
-  )
-}
 
 # request METHOD URL HEADERS [CURL OPTION]…: sends any request.
 request() {

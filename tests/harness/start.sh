@@ -3,17 +3,14 @@
 set -euo pipefail
 CDPATH='' cd "$(dirname "$0")/../.."
 . tests/harness/settings.sh
+. tests/harness/cleanup.sh
 . tests/harness/requests.sh
 . tests/harness/agent.sh
 
+prepare_clean_up
 read_settings
 check_settings
-work=''
-trap 'trap "" HUP INT QUIT TERM; rm -rf "$work"' EXIT
-trap 'exit 1' HUP INT QUIT TERM
-make_work_folder
 
-started_here=''
 request_metadata "$AUTHSERVER_URL"
 if is_local "$AUTHSERVER_URL" && [ "$status" = "no response" ]; then
   bash tests/harness/install.sh tests/.venv tier01
@@ -37,8 +34,6 @@ else
 fi
 
 request_mcp ''
-if [ "$status" != 401 ]; then
-  if [ -n "$started_here" ]; then tests/.venv/bin/python -I tests/tier01/background.py stop; fi
+[ "$status" = 401 ] ||
   fail "$MCP_URL is not a protected MCP server (expected 401, got $status): start it, or correct MCP_URL (no trailing slash)"
-fi
 echo "tier 01 is running: $AUTHSERVER_URL$stand_in and $MCP_URL"

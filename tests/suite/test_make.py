@@ -28,7 +28,7 @@ def test_run_starts_a_stand_in(sandbox: Sandbox) -> None:
     assert server.environ().keys() & {*own, *foreign, "HOME"} == {*own, "HOME"}
     token = sandbox.authserver.request_token(sandbox.authserver.register_client()).json()
     assert token["expires_in"] == 60
-    for name in (".env", ".started"):  # nobody else can read them
+    for name in (".env", ".stand-in.log"):  # nobody else can read them
         assert not (sandbox.project / name).stat().st_mode & 0o077
     assert sandbox.make("run").stdout == RUNNING.format(sandbox)
     assert sandbox.processes() == [server]
@@ -48,7 +48,7 @@ def test_runs_at_the_same_time_start_one(sandbox: Sandbox) -> None:
 @pytest.mark.parametrize(
     ("change", "folder"),
     [
-        ("kill -STOP $(sed -n 's/^process //p' .started)", "project"),
+        ("kill -STOP $(sed -n 's/^process //p' .stand-in.log)", "project"),
         ("rm tests/.venv", "project"),  # its Python has gone
         ("mv ../project ../moved", "moved"),
         ("ln -s project ../link", "link"),
@@ -66,7 +66,7 @@ def test_clean(sandbox: Sandbox, change: str, folder: str) -> None:
 @pytest.mark.parametrize("end", ["kill -INT -- -$0", "kill -QUIT -- -$0", "make clean"])
 def test_a_run_that_is_ended_leaves_nothing(sandbox: Sandbox, end: str) -> None:
     run = sandbox.start("make", "run")
-    log = sandbox.project / ".started"
+    log = sandbox.project / ".stand-in.log"
     wait_until(lambda: log.exists() and "process" in log.read_text(), "the start of tier 01")
     sandbox.run("bash", "-c", end, str(run.pid))
     output, errors = run.communicate(timeout=20)
@@ -108,10 +108,10 @@ def test_says_what_to_do(sandbox: Sandbox, name: str, value: str, message: str) 
 
 
 def test_keeps_what_it_did_not_make(guest: Sandbox) -> None:
-    """That is an edited .env, a tier 01, and the process that a stale .started names."""
+    """That is an edited .env, a tier 01, and the process that a stale .stand-in.log names."""
     other = guest.start("sleep", "60")
     (guest.project / ".env").write_text("CLIENT_ID=mine\n")
-    (guest.project / ".started").write_text(f"process {other.pid}\n")
+    (guest.project / ".stand-in.log").write_text(f"process {other.pid}\n")
     assert guest.make("run").stdout == RUNNING.format(guest)
     wrong = guest.make("run", MCP_URL="http://localhost:1/mcp")
     assert "http://localhost:1/mcp is not a protected MCP server" in wrong.stderr

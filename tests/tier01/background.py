@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 
-LOG = Path(__file__).parents[2] / ".started"
+LOG = Path(__file__).parents[2] / ".stand-in.log"
 INHERITED = (
     "AUTHPLANE_ADMIN_API_KEY",
     "RESOURCE_URI",
@@ -59,53 +59,63 @@ def try_lock(log: IO[str]) -> bool:
     return True
 
 
+def read_log() -> str:
+    return LOG.read_text(errors="replace")  # a setting can have any bytes
+
+
+def launch(server_environment: dict[str, str]) -> bool:
+    """Start serve.py, and return True. Return False if it is running, or another start runs it."""
+    with LOG.open("a") as log:
+        if not try_lock(log):
+            return False
+        if not os.path.samestat(os.fstat(log.fileno()), LOG.stat()):
+            raise FileNotFoundError(LOG)  # stop has removed the file that is locked here
+        log.truncate(0)
+        server = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("serve.py")],
+            env=server_environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        print("process", server.pid, file=log, flush=True)
+        return True
+
+
 def start() -> None:
     """Start serve.py, and return when it is ready.
 
     If this is interrupted, or serve.py fails, nothing is left of what this has started.
     """
-    own_environment = environment()
-    server = None
+    server_environment = environment()
     interrupted: list[int] = []
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
         signal.signal(number, lambda number, _: interrupted.append(number))
-    with LOG.open("a") as log:
-        if try_lock(log):
-            if not os.path.samestat(os.fstat(log.fileno()), LOG.stat()):
-                raise FileNotFoundError(LOG)  # stop has removed the file that is locked here
-            log.truncate(0)
-            server = subprocess.Popen(
-                [sys.executable, Path(__file__).with_name("serve.py")],
-                env=own_environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-            print("process", server.pid, file=log, flush=True)
+    launched = launch(server_environment)
     ended = False
-    while not ended and not interrupted and "\nready\n" not in LOG.read_text():
+    while not ended and not interrupted and "\nready\n" not in read_log():
         time.sleep(0.05)
         with LOG.open() as log:
             ended = try_lock(log)
     if interrupted:
-        if server:
+        if launched:
             stop()
         sys.exit(130)
     if ended:
-        lines = re.findall(r"\w.*", LOG.read_text())  # a traceback can end with dashes
+        lines = re.findall(r"\w.*", read_log())  # a traceback can end with dashes
         stop()
         sys.exit(f"tier 01 did not start: {lines[-1]}")
 
 
 def stop() -> None:
     """Kill serve.py, and return when it has ended."""
-    with suppress(FileNotFoundError), LOG.open("r+") as log:
-        if not try_lock(log):
-            pid = int(log.readline().removeprefix("process "))
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)  # it has nothing to save
-            flock(log, LOCK_EX)  # when it has ended
+    with suppress(FileNotFoundError), LOG.open() as log:
+        while not try_lock(log):
+            if started := re.search(r"(?m)^process (\d+)$", read_log()):
+                with suppress(ProcessLookupError):
+                    os.kill(int(started[1]), signal.SIGKILL)  # it has nothing to save
+            time.sleep(0.05)
         LOG.unlink()
 
 
@@ -117,5 +127,3 @@ if __name__ == "__main__":
             stop()
     except FileNotFoundError:  # LOG
         sys.exit("tier 01 was stopped while it was starting")
-    except ValueError:  # LOG has no number yet
-        sys.exit("tier 01 is starting: run the command again")

@@ -1,0 +1,50 @@
+# shellcheck shell=bash
+# Cleans up at the end of a run. Sourced after settings.sh.
+
+# prepare_clean_up: sets work to a new folder, and what clean_up reads to nothing. From here on, clean_up is called at the end of
+# the run, however it ends.
+prepare_clean_up() {
+  started_here='' # yes if this run has started the stand-in
+  client_id=''    # the client that this run registers, never the one in .env
+  container=02-agent-$$-$RANDOM
+  network=''
+  url=''
+  work=''
+  trap clean_up EXIT
+  trap 'exit 1' HUP INT QUIT TERM
+  # signals wait until the folder's name is known
+  work=$(
+    trap '' HUP INT QUIT TERM
+    mktemp -d "${TMPDIR:-/tmp}/tier02.XXXXXX"
+  )
+}
+
+# clean_up: ends the agent, deletes the client, removes the files, and ends with the exit status of the run. If the run has
+# failed, it also stops the stand-in that the run started.
+clean_up() {
+  local exit_status=$?
+  local agent_pid
+  set +e
+  trap '' HUP INT QUIT TERM
+  agent_pid=$(jobs -p) # run_agent starts the only job
+  if [ -n "$agent_pid" ]; then
+    kill "$agent_pid" 2>/dev/null
+    wait "$agent_pid" 2>/dev/null
+    if [ -n "$network" ]; then docker rm --force "$container" >/dev/null 2>&1; fi
+  fi
+  # the run may have ended before it read the id in the response to its registration
+  if [ -z "$client_id" ] && [ "$url" = "${ADMIN_URL-}/admin/clients" ]; then
+    client_id=$(jq -r '.client_id | strings' "$work/body" 2>/dev/null)
+  fi
+  if [ -n "$client_id" ]; then
+    delete_client "$client_id"
+    case $status in
+      204) ;;       # it is deleted
+      400 | 404) ;; # there is no such client: it was deleted before
+      *) printf 'verify.sh: client %s was not deleted (%s): delete it manually\n' "$(printable "$client_id")" "$status" >&2 ;;
+    esac
+  fi
+  if [ "$exit_status" != 0 ] && [ -n "$started_here" ]; then tests/.venv/bin/python -I tests/tier01/background.py stop; fi
+  rm -rf "$work"
+  exit "$exit_status"
+}
