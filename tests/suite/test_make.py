@@ -14,7 +14,7 @@ INSTALLING = "installing tests/requirements/agent.txt into .venv\n"
 
 
 def test_run_starts_a_stand_in(sandbox: Sandbox) -> None:
-    """It inherits no pipe, terminal, proxy or secret. A second run finds it."""
+    """It inherits no pipe, terminal, proxy or secret."""
     foreign = {"CLIENT_SECRET": "x", "SSL_CERT_FILE": "/nowhere", "ALL_PROXY": "socks5://there:1"}
     own = {
         "AUTHPLANE_ADMIN_API_KEY": ADMIN_KEY,
@@ -30,8 +30,13 @@ def test_run_starts_a_stand_in(sandbox: Sandbox) -> None:
     assert token["expires_in"] == 60
     for name in (".env", ".stand-in.log"):  # nobody else can read them
         assert not (sandbox.project / name).stat().st_mode & 0o077
+
+
+def test_run_keeps_what_is_running(sandbox: Sandbox) -> None:
+    """A second run uses it, one that fails leaves it, and one that finds it killed starts anew."""
     assert sandbox.make("run").stdout == RUNNING.format(sandbox)
-    assert sandbox.processes() == [server]
+    [server] = sandbox.processes()
+    assert sandbox.make("run").stdout == RUNNING.format(sandbox)
     assert sandbox.make("run", MCP_URL="http://localhost:1/mcp").returncode != 0
     assert sandbox.processes() == [server]
     server.kill()

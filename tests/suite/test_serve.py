@@ -1,4 +1,4 @@
-"""serve.py: it ends without an authorization server, and on a signal."""
+"""serve.py: where it listens, what its admin API needs, and when it ends."""
 
 import signal
 import socket
