@@ -68,8 +68,8 @@ check "unknown resource: rejected" "400 invalid_(target|scope)" \
   "the authorization server must reject a resource that is not registered"
 
 # The MCP server accepts only tokens that the authorization server has signed, and only those for its own audience. Without a
-# resource, the audience of a token is the authorization server. The tampered token is the first token with the signature of the
-# second one.
+# resource, the audience of a token is the authorization server. The tampered token is $token with the signature of
+# $other_token.
 request_token "$client_id" "$client_secret" scope=mcp:echo
 check "token without resource: issued" 200 "see the log of the authorization server"
 other_token=$(json_field access_token)

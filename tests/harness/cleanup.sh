@@ -1,10 +1,10 @@
 # shellcheck shell=bash
 # Cleans up at the end of a run. Sourced after settings.sh.
 
-# prepare_clean_up: sets work to a new folder, and what clean_up reads to nothing. From here on, clean_up is called at the end of
-# the run, however it ends.
+# prepare_clean_up: creates the folder $work, and empties the variables that clean_up reads. From here on, clean_up is called at
+# the end of the run, however it ends.
 prepare_clean_up() {
-  started_here='' # yes if this run has started the stand-in
+  started_here='' # yes if this run starts the stand-in
   client_id=''    # the client that this run registers, never the one in .env
   container=02-agent-$$-$RANDOM
   network=''
@@ -32,7 +32,7 @@ clean_up() {
     wait "$agent_pid" 2>/dev/null
     if [ -n "$network" ]; then docker rm --force "$container" >/dev/null 2>&1; fi
   fi
-  # the run may have ended before it read the id in the response to its registration
+  # the client may be registered, although its id has not been read yet
   if [ -z "$client_id" ] && [ "$url" = "${ADMIN_URL-}/admin/clients" ]; then
     client_id=$(jq -r '.client_id | strings' "$work/body" 2>/dev/null)
   fi

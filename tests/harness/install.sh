@@ -21,24 +21,22 @@ usable() {
 if usable; then
   if cmp -s "$requirements" "$installed"; then exit; fi
 else
-  python=''
   candidates=${PY:-python3.14 python3.13 python3.12 python3}
-  for candidate in $candidates; do
-    if version_of "$candidate" >/dev/null; then
-      python=$candidate
+  for python in $candidates; do
+    if version_of "$python" >/dev/null; then
+      rm -rf "$folder"
+      "$python" -I -m venv "$folder"
       break
     fi
   done
-  if [ -z "$python" ]; then
+  if ! usable; then
     echo "install.sh: no Python 3.12 or newer: install one, or name it, as in make PY=python3.13 (tried: $candidates)" >&2
     exit 1
   fi
-  rm -rf "$folder"
-  "$python" -I -m venv "$folder"
 fi
 
 echo "installing $requirements into $folder"
-# these would change where pip installs, or prevent it
+# these settings would make pip install elsewhere, or not at all
 unset PIP_CONSTRAINT PIP_DRY_RUN PIP_PREFIX PIP_ROOT PIP_TARGET
 PIP_USER=0 "$folder/bin/python" -I -m pip install --quiet --disable-pip-version-check --no-compile \
   --require-hashes -r "$requirements"

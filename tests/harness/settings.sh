@@ -53,5 +53,5 @@ check_settings() {
   done
 }
 
-# is_local URL: true if its host is this machine.
+# is_local URL: true if its host is localhost or its loopback address.
 is_local() { [[ $1 =~ ^https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]+)?(/.*)?$ ]]; }

@@ -14,11 +14,11 @@ check_settings
 request_metadata "$AUTHSERVER_URL"
 if is_local "$AUTHSERVER_URL" && [ "$status" = "no response" ]; then
   bash tests/harness/install.sh tests/.venv tier01
+  started_here=yes
   (
     export AUTHSERVER_URL ADMIN_URL MCP_URL AUTHPLANE_ADMIN_API_KEY RESOURCE_URI MCP_SERVER_NAME
     tests/.venv/bin/python -I tests/tier01/background.py start
   ) || exit # bash 3.2 doesn't apply -e to a subshell
-  started_here=yes
   request_metadata "$AUTHSERVER_URL"
 fi
 [ "$status" = 200 ] || fail "no authorization server at AUTHSERVER_URL=$AUTHSERVER_URL ($status${curl_error:+, $curl_error})"

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import httpx
 
 ADMIN_KEY = "dev-admin-key-change-me"
-DIRECT: dict[str, Any] = {"trust_env": False, "verify": False}  # without the user's settings
+DIRECT: dict[str, Any] = {"trust_env": False}  # no proxy of the environment
 
 type Credentials = tuple[str, str]  # client id and secret
 

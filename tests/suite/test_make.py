@@ -127,10 +127,7 @@ def test_keeps_what_it_did_not_make(guest: Sandbox) -> None:
 
 
 def test_installs_the_pinned_packages(guest: Sandbox) -> None:
-    """It does so whatever pip, Python and the locale are configured to do elsewhere.
-
-    The environment is one whose Python has gone.
-    """
+    """It ignores the user's settings of pip, Python and the locale. The environment is broken."""
     constraint = guest.folder / "constraint.txt"
     constraint.write_text("h11==0.0.1\n")
     hostile_settings = {"PIP_USER": "1", "PIP_TARGET": "there", "PIP_CONSTRAINT": str(constraint)}
@@ -151,7 +148,7 @@ def test_installs_the_pinned_packages(guest: Sandbox) -> None:
 
 
 def break_environment(folder: Path) -> None:
-    """Make an environment that is as after an upgrade of Python."""
+    """Make an environment whose Python no longer exists, as after an upgrade of the system."""
     folder.unlink()
     (folder / "bin").mkdir(parents=True)
     (folder / "bin/python").symlink_to("/nowhere/python3")

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from textwrap import indent
 from typing import NamedTuple
 
 import psutil
@@ -103,7 +104,7 @@ def connections(server: subprocess.Popen[str], url: str) -> int:
 
 async def test_the_authorization_server_fails(new_sandbox: NewSandbox) -> None:
     """A cached token works, with the lines of Many calls, too. Without one, the circuit opens."""
-    tier01, cached, uncached, uncached_when_down, with_provider = (new_sandbox() for _ in range(5))
+    tier01, cached, uncached, uncached_when_down = (new_sandbox() for _ in range(4))
     authserver = tier01.serve("authserver")
     new_sandbox(ports=tier01.ports).serve("mcp-server")
     tier01.authserver.register_resource("demo-mcp", tier01.mcp_url, "mcp:echo")
@@ -136,11 +137,6 @@ async def test_the_authorization_server_fails(new_sandbox: NewSandbox) -> None:
     )
     assert await call_tool(uncached_when_down) == MASKED
     assert last_error(uncached_when_down).startswith("CircuitOpenError")
-
-    if FASTMCP == "4":
-        start(with_provider, tier01, WITHOUT_SDK, ("client", "secret"))
-        assert await call_tool(with_provider) == MASKED
-        assert_provider_failed(with_provider, "`All connection")
 
 
 async def test_the_authorization_server_is_overloaded(
@@ -205,7 +201,7 @@ async def test_a_call_fails_without_a_traceback(
     assert "─ Traceback" not in sandbox.log.read_text()
 
 
-async def test_the_other_server_never_answers_a_call(
+async def test_the_other_server_does_not_respond(
     sandbox: Sandbox, servers: Sandbox, start_fake: StartFake
 ) -> None:
     """No connection is left."""
@@ -238,6 +234,19 @@ def test_it_does_not_start(
     program = replace_once(SHORT_TIMEOUTS, case.old, case.new.replace("SILENT", silent))
     assert start(sandbox, servers, program).wait(10) != 0
     assert quoted(row(case.beginning)[0])[0] in sandbox.log.read_text()
+
+
+def test_private_networks(sandbox: Sandbox, servers: Sandbox) -> None:
+    """The SDK connects only with the lines of the page. Nothing listens at this address."""
+    [lines] = blocks(section(EXAMPLES, "Private networks and proxies"), "python")
+    create = "    authplane = await AuthplaneClient.create(ISSUER, auth=CREDENTIALS)"
+    allowed = replace_once(RELAY_SERVER, create, indent(lines.rstrip(), "    "))
+    settings = servers.relay_settings(("client", "secret"), sandbox.ports[2])
+    settings |= {"AUTHPLANE_ISSUER": "https://127.0.0.1:1", "AUTHPLANE_DEV_MODE": ""}
+    rejected = sandbox.run(RELAY_PYTHON, "-c", RELAY_SERVER, **settings).stderr
+    assert "URL resolves to blocked IP" in rejected
+    connected = sandbox.run(RELAY_PYTHON, "-c", allowed, **settings).stderr
+    assert "All connection attempts failed" in connected
 
 
 @on_fastmcp_4

@@ -1,15 +1,17 @@
-"""verify.sh: it passes only for servers as they should be, and leaves nothing."""
+"""verify.sh: it passes only for correct servers, and leaves nothing."""
 
 import json
 import os
 import re
 import shutil
 import signal
+import ssl
 import threading
 import time
 from collections.abc import Mapping
 
 import pytest
+import trustme
 
 from authserver_client import ADMIN_KEY, Credentials
 from fakes import (
@@ -22,10 +24,9 @@ from fakes import (
     proxy_to,
     replacing,
     respond_to,
-    respond_to_nth_token,
 )
 from pages import README, blocks, section
-from sandbox import Sandbox, wait_until
+from sandbox import PYTHON, Sandbox, wait_until
 
 PATHS = {"AUTHSERVER_URL": "", "ADMIN_URL": "", "MCP_URL": "/mcp"}
 
@@ -124,9 +125,11 @@ WRONG: dict[str, dict[str, Change]] = {
         "got exit 1, agent: ValueError('expected the server ": replacing(
             b"demo-server", b"my_server_1"
         ),
-        "tampered token: rejected: expected 401.*, got 403: ": respond_to_nth_token(2, FORBIDDEN),
-        "different audience: rejected: expected 401.*, got 403: ": respond_to_nth_token(
-            3, FORBIDDEN
+        "tampered token: rejected: expected 401.*, got 403: ": respond_to(
+            b"POST", FORBIDDEN, first=3
+        ),
+        "different audience: rejected: expected 401.*, got 403: ": respond_to(
+            b"POST", FORBIDDEN, first=4
         ),
     },
     "AUTHSERVER_URL": {
@@ -210,7 +213,7 @@ FAILED_DELETIONS = {
 
 
 @pytest.mark.parametrize(("status", "message"), FAILED_DELETIONS.items())
-def test_a_client_that_stays_is_reported(
+def test_a_client_that_was_not_deleted_is_reported(
     start_fake: StartFake, guest: Sandbox, status: str, message: str
 ) -> None:
     stays = {"ADMIN_URL": respond_to(b"DELETE", http_response(status))}
@@ -247,7 +250,25 @@ def test_uses_a_proxy_for_other_machines(start_fake: StartFake, guest: Sandbox) 
     assert request.path == "http://as.invalid/.well-known/oauth-authorization-server"
 
 
-def test_passes_for_other_servers_as_they_should_be(start_fake: StartFake, guest: Sandbox) -> None:
+def test_unknown_certificates_are_rejected(
+    start_fake: StartFake, guest: Sandbox, agent_settings: dict[str, str]
+) -> None:
+    """By verify.sh and by the agent, until each is told the authority."""
+    fake = start_fake(proxy_to(guest.ports[2], lambda request, forward: forward(request)))
+    authority, context = trustme.CA(), ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("localhost").configure_cert(context)  # pyright: ignore[reportUnknownMemberType]
+    fake.socket = context.wrap_socket(fake.socket, server_side=True)
+    known = str(guest.folder / "authority.pem")
+    authority.cert_pem.write_to_path(known)
+    url = fake.url.replace("http", "https") + "/mcp"
+    assert "no token: rejected: expected 401 bearer" in guest.verify(MCP_URL=url).stderr
+    by_agent = guest.verify(MCP_URL=url, CURL_CA_BUNDLE=known).stderr
+    assert f"agent: {url}: ConnectError(" in by_agent
+    settings = agent_settings | {"MCP_URL": url, "SSL_CERT_FILE": known}
+    assert guest.run(PYTHON, "agent.py", **settings).returncode == 0
+
+
+def test_passes_for_other_correct_servers(start_fake: StartFake, guest: Sandbox) -> None:
     """That is an older authserver, and an MCP server whose challenge has capital letters.
 
     Only the stand-in is named in the verdict.
@@ -323,20 +344,13 @@ def test_shows_no_secret(start_fake: StartFake, guest: Sandbox) -> None:
     with (guest.project / "agent.py").open("a") as agent:
         agent.write(RECORDING)
     settings = behind_fakes(guest, start_fake, dict.fromkeys(PATHS, kept))
-    result = guest.verify(AUTHPLANE_ADMIN_API_KEY=ADMIN_KEY, EXPORTED="x", **settings)
+    result = guest.verify(AUTHPLANE_ADMIN_API_KEY=ADMIN_KEY, **settings)
     assert result.returncode == 0, result
     secrets = {*re.findall(SECRET, b"\n".join(messages).decode())}
     assert len(secrets) == 8  # admin key, client secret, two Basic credentials, four tokens
     shown = result.stdout + result.stderr + record.read_text()
     assert [secret for secret in secrets if secret in shown] == []
-    for recorded in (
-        "curl --disable",
-        "--max-time 10",  # other tests shorten it
-        "jq -nr",
-        "'agent.py'",
-        "'CLIENT_SECRET'",
-        "'EXPORTED'",
-    ):
+    for recorded in ("curl --disable", "--max-time 10", "jq -nr", "'agent.py'", "'CLIENT_SECRET'"):
         assert recorded in shown
     for name in ("AUTHPLANE_ADMIN_API_KEY", "client_secret", "token"):
         assert f"'{name}'" not in shown
@@ -347,9 +361,9 @@ def test_shows_no_secret(start_fake: StartFake, guest: Sandbox) -> None:
 def test_cleans_up_when_interrupted(
     start_fake: StartFake, guest: Sandbox, moment: bytes, seconds: int, number: int
 ) -> None:
-    """A server has acted, and has not responded yet: curl is waited for, the agent is ended.
+    """The signal comes after a server has acted, and before it responds.
 
-    A second signal doesn't end the clean-up.
+    verify.sh waits for curl, and ends the agent. A second signal doesn't end the clean-up.
     """
     before = guest.authserver.clients()
     reached = threading.Event()

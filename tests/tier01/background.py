@@ -1,8 +1,7 @@
 """Run serve.py in the background: `start` returns when it is ready, `stop` when it has ended.
 
-The file LOG is the log of serve.py, which inherits the lock of this file with its standard output.
-The kernel frees the lock when serve.py ends, however it ends. So a file that is left over is
-harmless.
+`start` locks the log file. serve.py inherits the lock with its standard output, and keeps it until
+it ends, even if it is killed. So a file that nobody locks is left over, and harmless.
 """
 
 import os
@@ -63,48 +62,32 @@ def read_log() -> str:
     return LOG.read_text(errors="replace")  # a setting can have any bytes
 
 
-def launch(server_environment: dict[str, str]) -> bool:
-    """Start serve.py, and return True. Return False if it is running, or another start runs it."""
-    with LOG.open("a") as log:
-        if not try_lock(log):
-            return False
-        if not os.path.samestat(os.fstat(log.fileno()), LOG.stat()):
-            raise FileNotFoundError(LOG)  # stop has removed the file that is locked here
-        log.truncate(0)
-        server = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("serve.py")],
-            env=server_environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        print("process", server.pid, file=log, flush=True)
-        return True
-
-
 def start() -> None:
-    """Start serve.py, and return when it is ready.
+    """Start serve.py unless it is running, and return when it is ready. Exit if it ends.
 
-    If this is interrupted, or serve.py fails, nothing is left of what this has started.
+    Whoever interrupts this calls `stop`.
     """
     server_environment = environment()
-    interrupted: list[int] = []
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: interrupted.append(number))
-    launched = launch(server_environment)
+    with LOG.open("a") as log:
+        if try_lock(log):
+            if not os.path.samestat(os.fstat(log.fileno()), LOG.stat()):
+                raise FileNotFoundError(LOG)  # stop has removed the file that is locked here
+            log.truncate(0)
+            subprocess.Popen(
+                [sys.executable, Path(__file__).with_name("serve.py")],
+                env=server_environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
     ended = False
-    while not ended and not interrupted and "\nready\n" not in read_log():
+    while not ended and "\nready\n" not in read_log():
         time.sleep(0.05)
         with LOG.open() as log:
             ended = try_lock(log)
-    if interrupted:
-        if launched:
-            stop()
-        sys.exit(130)
     if ended:
         lines = re.findall(r"\w.*", read_log())  # a traceback can end with dashes
-        stop()
         sys.exit(f"tier 01 did not start: {lines[-1]}")
 
 
@@ -120,6 +103,7 @@ def stop() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback
     try:
         if sys.argv[1] == "start":
             start()

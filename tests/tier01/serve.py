@@ -50,5 +50,6 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
+    print("process", os.getpid(), flush=True)  # background.py reads it
     logging.captureWarnings(True)  # a module that the SDK imports is deprecated
     asyncio.run(main())
