@@ -19,6 +19,7 @@ def test_run_starts_a_stand_in(sandbox: Sandbox) -> None:
     own = {
         "AUTHPLANE_ADMIN_API_KEY": ADMIN_KEY,
         "TOKEN_SECONDS": "60",
+        "MCP_SERVER_NAME": "caf\udce9",  # not UTF-8
         "LD_LIBRARY_PATH": "/nowhere",
     }
     first = sandbox.run("bash", "-c", "make run 3>&1 9>&2", **foreign, **own)
