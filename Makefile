@@ -52,9 +52,10 @@ lock: ## Pin the newest versions that pyproject.toml allows
 clean: ## Stop and remove what `make run` started and created
 	@python=tests/.venv/bin/python; [ -x $$python ] || python=$${PY:-python3}; \
 	  if [ -e .stand-in.log ]; then $$python -I tests/tier01/background.py stop; fi
-	@# Compose must not read .env
-	@image=$$(docker compose --env-file /dev/null config --images 2>/dev/null); \
-	  if docker image inspect "$$image" >/dev/null 2>&1; then docker compose --env-file /dev/null down --rmi local; fi
+	@# Compose must read neither .env nor the file that COMPOSE_FILE names
+	@image=$$(docker compose --file docker-compose.yml --env-file /dev/null config --images 2>/dev/null); \
+	  if docker image inspect "$$image" >/dev/null 2>&1; then \
+	    docker compose --file docker-compose.yml --env-file /dev/null down --rmi local; fi
 	@rm -rf .venv tests/.venv .pytest_cache .ruff_cache
 	@find . -name __pycache__ -prune -exec rm -rf {} +
 	@if cmp -s .env .env.example; then rm .env; fi

@@ -4,10 +4,10 @@
 set -euo pipefail
 CDPATH='' cd "$(dirname "$0")"
 . tests/harness/settings.sh
-. tests/harness/cleanup.sh
 . tests/harness/requests.sh
 . tests/harness/agent.sh
 . tests/harness/checks.sh
+. tests/harness/cleanup.sh
 
 prepare_clean_up
 read_settings

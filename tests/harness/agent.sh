@@ -1,10 +1,12 @@
 # shellcheck shell=bash
 # Finds out where the agent has to run, and runs it there. Sourced after requests.sh.
 
-# find_network ISSUER: sets network to the Docker network in which the agent must run. It is empty if this host can reach the
-# issuer, and otherwise that of the container that publishes the port of AUTHSERVER_URL.
+network=''                        # the Docker network in which the agent runs; empty if it runs on this host
+container=02-agent-$$-$RANDOM # its name in a network
+
+# find_network ISSUER: sets network. If this host can't reach the issuer, it is the network of the container that publishes the
+# port of AUTHSERVER_URL.
 find_network() {
-  network=''
   if [ "$1" = "$AUTHSERVER_URL" ]; then return; fi # this URL has just responded
   request_metadata "$1"
   # a company's proxy can respond to any URL, so the response has to name this issuer
@@ -14,13 +16,13 @@ find_network() {
   [ -n "$network" ] || fail "the issuer $1 is not reachable from this host, and no container has the port of $AUTHSERVER_URL"
 }
 
-# run_agent ISSUER ID SECRET: runs the agent as this client. Sets result to its exit status and the last line that it prints.
-# The agent runs in the background, because bash runs a trap during wait, and not during a foreground command.
+# run_agent ISSUER ID SECRET: runs the agent as this client. Sets actual to its exit status and the last line that it prints.
+# The agent runs in the background, because bash runs a trap during wait, and not during a foreground command. clean_up ends it.
 run_agent() {
   local exit_status=0
   exec_agent "$@" >"$work/agent" 2>&1 &
   wait "$!" || exit_status=$?
-  result="exit $exit_status, $(tail -n 1 "$work/agent")"
+  actual="exit $exit_status, $(tail -n 1 "$work/agent")"
   status='' # check has no response to show
 }
 
@@ -30,8 +32,8 @@ exec_agent() {
   export RESOURCE_URI MCP_URL MCP_SERVER_NAME AUTHPLANE_DEV_MODE
   if [ -n "$network" ]; then
     export TIER01_NETWORK=$network
-    # Compose must not read .env: the settings are exported
-    exec docker compose --env-file /dev/null run --rm --no-TTY --name "$container" agent
+    # Compose must read neither .env, because the settings are exported, nor the file that COMPOSE_FILE names
+    exec docker compose --file docker-compose.yml --env-file /dev/null run --rm --no-TTY --name "$container" agent
   fi
   # servers on this host need no proxy and no certificates, whatever is configured
   if is_local "$1" && is_local "$MCP_URL"; then

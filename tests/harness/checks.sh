@@ -1,13 +1,13 @@
 # shellcheck shell=bash
 # Compares what the servers respond. Sourced after agent.sh.
 
-# check NAME EXPECTED HELP: prints result, and fails unless it matches EXPECTED, a regular expression. The message has HELP, and
+# check NAME EXPECTED HELP: prints actual, and fails unless it matches EXPECTED, a regular expression. The message has HELP, and
 # the response if it is an error. Other responses are not shown: they can contain a token or a secret.
 check() {
   local reason=''
   local shown
-  shown=$(printable "$result")
-  if [[ $result =~ ^($2)$ ]]; then
+  shown=$(printable "$actual")
+  if [[ $actual =~ ^($2)$ ]]; then
     printf '✓ %-30s %s\n' "$1" "$shown"
     return
   fi

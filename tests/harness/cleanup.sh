@@ -1,18 +1,14 @@
 # shellcheck shell=bash
-# Cleans up at the end of a run. Sourced after settings.sh.
+# Cleans up at the end of a run. Sourced after agent.sh.
 
-# prepare_clean_up: creates the folder $work, and empties the variables that clean_up reads. From here on, clean_up is called at
-# the end of the run, however it ends.
+# prepare_clean_up: creates the folder $work. From here on, clean_up is called at the end of the run, however it ends.
 prepare_clean_up() {
   started_here='' # yes if this run starts the stand-in
   client_id=''    # the client that this run registers, never the one in .env
-  container=02-agent-$$-$RANDOM
-  network=''
-  url=''
   work=''
   trap clean_up EXIT
   trap 'exit 1' HUP INT QUIT TERM
-  # signals wait until the folder's name is known
+  # a signal that comes meanwhile is handled when work is set
   work=$(
     trap '' HUP INT QUIT TERM
     mktemp -d "${TMPDIR:-/tmp}/tier02.XXXXXX"
@@ -23,13 +19,13 @@ prepare_clean_up() {
 # failed, it also stops the stand-in that the run started.
 clean_up() {
   local exit_status=$?
-  local agent_pid
+  local job
   set +e
   trap '' HUP INT QUIT TERM
-  agent_pid=$(jobs -p) # run_agent starts the only job
-  if [ -n "$agent_pid" ]; then
-    kill "$agent_pid" 2>/dev/null
-    wait "$agent_pid" 2>/dev/null
+  job=$(jobs -p) # the agent, or the start of the stand-in
+  if [ -n "$job" ]; then
+    kill "$job" 2>/dev/null
+    wait "$job" 2>/dev/null
     if [ -n "$network" ]; then docker rm --force "$container" >/dev/null 2>&1; fi
   fi
   # the client may be registered, although its id has not been read yet

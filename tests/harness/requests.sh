@@ -1,12 +1,13 @@
 # shellcheck shell=bash
-# Sends requests to the authorization server, its admin API and the MCP server. Sourced after cleanup.sh.
+# Sends requests to the authorization server, its admin API and the MCP server. Sourced after settings.sh.
 #
 # Each function that sends a request sets
 #   url         where the request went
 #   status      the HTTP status, or "no response"
-#   result      what check compares: the status, and what else matters in this response
+#   actual      what check compares: the status, and what else matters in this response
 #   curl_error  why there was no response
 # and leaves the response in the files headers and body of $work.
+url=''
 
 # request METHOD URL HEADERS [CURL OPTION]…: sends any request.
 request() {
@@ -27,7 +28,7 @@ request() {
     printf '%s\n' "$headers" | curl "${options[@]}" 2>"$work/curl"
   ) || status="no response"
   curl_error=$(tail -n 1 "$work/curl")
-  result=$status
+  actual=$status
 }
 
 # json_field NAME: prints this string of the last response, a JSON object; exit 1 if it isn't there.
@@ -59,7 +60,7 @@ Content-Type: application/json"
 delete_client() { request_admin DELETE "clients/$(jq -nr --arg id "$1" '$id | @uri')?force=true"; }
 
 # request_token ID SECRET [FIELD]…: requests an access token; each FIELD is a name=value of the form (RFC 6749, section
-# 4.4.2). The client authenticates with HTTP Basic, with its id and its secret percent-encoded (section 2.3.1). result also has
+# 4.4.2). The client authenticates with HTTP Basic, with its id and its secret percent-encoded (section 2.3.1). actual also has
 # the error code, if there is one.
 request_token() {
   local basic error field
@@ -69,10 +70,10 @@ request_token() {
   for field in "$@"; do form+=(--data-urlencode "$field"); done
   request POST "$AUTHSERVER_URL/oauth/token" "Authorization: Basic $basic" "${form[@]}"
   error=$(jq -r '.error | strings' "$work/body" 2>/dev/null) || error=''
-  if [ -n "$error" ]; then result+=" $error"; fi
+  if [ -n "$error" ]; then actual+=" $error"; fi
 }
 
-# request_mcp TOKEN: POSTs what the agent POSTs, with this token unless it is empty. result also has the words of RFC 6750 and
+# request_mcp TOKEN: POSTs what the agent POSTs, with this token unless it is empty. actual also has the words of RFC 6750 and
 # RFC 9728 that are in the challenge (WWW-Authenticate).
 request_mcp() {
   local challenge word
@@ -83,6 +84,6 @@ Content-Type: application/json"
     "protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "demo-agent", "version": "0.1.0"}}}'
   challenge=$(grep -i '^www-authenticate:' "$work/headers" | tr '[:upper:]' '[:lower:]') || challenge=''
   for word in bearer invalid_token resource_metadata; do
-    if [[ $challenge = *"$word"* ]]; then result+=" $word"; fi
+    if [[ $challenge = *"$word"* ]]; then actual+=" $word"; fi
   done
 }

@@ -21,11 +21,12 @@ fail() {
 # over .env.example. The files are not executed, and nothing is exported.
 read_settings() {
   local file line name value
+  local setting='^ *(export )?([A-Z][A-Z0-9_]*) *= *(.*)$'
   for file in .env .env.example; do
     [ -f "$file" ] || continue
     while IFS= read -r line || [ -n "$line" ]; do
       line=${line#$'\xef\xbb\xbf'} # a byte order mark
-      [[ $line =~ ^(export )?([A-Z][A-Z0-9_]*)=(.*)$ ]] || continue
+      [[ $line =~ $setting ]] || continue
       name=${BASH_REMATCH[2]}
       value=${BASH_REMATCH[3]}
       case $value in

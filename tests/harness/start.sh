@@ -3,9 +3,9 @@
 set -euo pipefail
 CDPATH='' cd "$(dirname "$0")/../.."
 . tests/harness/settings.sh
-. tests/harness/cleanup.sh
 . tests/harness/requests.sh
 . tests/harness/agent.sh
+. tests/harness/cleanup.sh
 
 prepare_clean_up
 read_settings
@@ -16,9 +16,11 @@ if is_local "$AUTHSERVER_URL" && [ "$status" = "no response" ]; then
   bash tests/harness/install.sh tests/.venv tier01
   started_here=yes
   (
+    trap '' INT # clean_up ends it, without a traceback
     export AUTHSERVER_URL ADMIN_URL MCP_URL AUTHPLANE_ADMIN_API_KEY RESOURCE_URI MCP_SERVER_NAME
-    tests/.venv/bin/python -I tests/tier01/background.py start
-  ) || exit # bash 3.2 doesn't apply -e to a subshell
+    exec tests/.venv/bin/python -I tests/tier01/background.py start
+  ) &
+  wait "$!" || exit
   request_metadata "$AUTHSERVER_URL"
 fi
 [ "$status" = 200 ] || fail "no authorization server at AUTHSERVER_URL=$AUTHSERVER_URL ($status${curl_error:+, $curl_error})"
@@ -30,7 +32,7 @@ find_network "$issuer"
 if [ -z "$network" ]; then
   bash tests/harness/install.sh .venv agent
 else
-  docker compose --env-file /dev/null build --quiet # Compose must not read .env
+  docker compose --file docker-compose.yml --env-file /dev/null build --quiet
 fi
 
 request_mcp ''

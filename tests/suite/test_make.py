@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from authserver_client import ADMIN_KEY, status_of
-from sandbox import Sandbox, wait_until
+from sandbox import PYTHON, Sandbox, wait_until
 
 RUNNING = "tier 01 is running: {0.issuer} (a stand-in: see Run it in README.md) and {0.mcp_url}\n"
 INSTALLING = "installing tests/requirements/agent.txt into .venv\n"
 
 
 def test_run_starts_a_stand_in(sandbox: Sandbox) -> None:
-    """It inherits no pipe, terminal, proxy or secret."""
+    """The stand-in inherits no pipe, terminal, proxy or secret, and listens on loopback only."""
     foreign = {"CLIENT_SECRET": "x", "SSL_CERT_FILE": "/nowhere", "ALL_PROXY": "socks5://there:1"}
     own = {
         "AUTHPLANE_ADMIN_API_KEY": ADMIN_KEY,
@@ -27,6 +27,8 @@ def test_run_starts_a_stand_in(sandbox: Sandbox) -> None:
     [server] = sandbox.processes()
     assert os.getsid(server.pid) == server.pid  # no Ctrl-C, no SIGHUP of the terminal reaches it
     assert server.environ().keys() & {*own, *foreign, "HOME"} == {*own, "HOME"}
+    listening = [each.laddr.ip for each in server.net_connections() if each.status == "LISTEN"]
+    assert listening == ["127.0.0.1"] * 3
     token = sandbox.authserver.request_token(sandbox.authserver.register_client()).json()
     assert token["expires_in"] == 60
     for name in (".env", ".stand-in.log"):  # nobody else can read them
@@ -34,7 +36,7 @@ def test_run_starts_a_stand_in(sandbox: Sandbox) -> None:
 
 
 def test_run_keeps_what_is_running(sandbox: Sandbox) -> None:
-    """A second run uses it, one that fails leaves it, and one that finds it killed starts anew."""
+    """A second run uses the stand-in, and leaves it when it fails. If it was killed, it starts."""
     assert sandbox.make("run").stdout == RUNNING.format(sandbox)
     [server] = sandbox.processes()
     assert sandbox.make("run").stdout == RUNNING.format(sandbox)
@@ -69,7 +71,7 @@ def test_clean(sandbox: Sandbox, change: str, folder: str) -> None:
     assert [*sandbox.project.rglob(".venv"), *sandbox.project.glob(".env")] == []
 
 
-@pytest.mark.parametrize("end", ["kill -INT -- -$0", "kill -QUIT -- -$0", "make clean"])
+@pytest.mark.parametrize("end", ["kill $0", "kill -INT -- -$0", "kill -QUIT -- -$0", "make clean"])
 def test_a_run_that_is_ended_leaves_nothing(sandbox: Sandbox, end: str) -> None:
     run = sandbox.start("make", "run")
     log = sandbox.project / ".stand-in.log"
@@ -86,9 +88,9 @@ def test_a_tool_is_missing(sandbox: Sandbox) -> None:
     assert "start.sh: jq is missing: install it" in sandbox.make("run").stderr
 
 
-def test_python_is_missing(sandbox: Sandbox) -> None:
+def test_python_is_too_old(sandbox: Sandbox) -> None:
     (sandbox.project / "tests/.venv").unlink()
-    sandbox.make_tool("python3", "exit 1")
+    sandbox.make_tool("python3", f"{PYTHON} -c 'import sys; sys.version_info = (3, 11); '\"$3\"")
     assert "no Python 3.12 or newer: install one" in sandbox.make("run").stderr
 
 
@@ -114,7 +116,7 @@ def test_says_what_to_do(sandbox: Sandbox, name: str, value: str, message: str) 
 
 
 def test_keeps_what_it_did_not_make(guest: Sandbox) -> None:
-    """That is an edited .env, a tier 01, and the process that a stale .stand-in.log names."""
+    """An edited .env, a tier 01, and the process that a stale .stand-in.log names stay."""
     other = guest.start("sleep", "60")
     (guest.project / ".env").write_text("CLIENT_ID=mine\n")
     (guest.project / ".stand-in.log").write_text(f"process {other.pid}\n")
@@ -128,7 +130,7 @@ def test_keeps_what_it_did_not_make(guest: Sandbox) -> None:
 
 
 def test_installs_the_pinned_packages(guest: Sandbox) -> None:
-    """It ignores the user's settings of pip, Python and the locale. The environment is broken."""
+    """The user's settings of pip, Python and the locale are ignored, and a broken environment."""
     constraint = guest.folder / "constraint.txt"
     constraint.write_text("h11==0.0.1\n")
     hostile_settings = {"PIP_USER": "1", "PIP_TARGET": "there", "PIP_CONSTRAINT": str(constraint)}
@@ -137,6 +139,8 @@ def test_installs_the_pinned_packages(guest: Sandbox) -> None:
     break_environment(guest.project / ".venv")
     requirements = guest.project / "tests/requirements/agent.txt"
     pinned = re.findall(r"(?ms)^(?:h11|idna)==.*?[^\\]$", requirements.read_text())
+    requirements.write_text(pinned[0])
+    assert guest.make("run", PIP_NO_INDEX="1", **hostile_settings).returncode != 0
     for count, printed in ((1, INSTALLING), (2, INSTALLING), (2, "")):
         requirements.write_text("\n".join(pinned[:count]))
         result = guest.make("run", **hostile_settings)
@@ -144,6 +148,8 @@ def test_installs_the_pinned_packages(guest: Sandbox) -> None:
         assert (result.stdout, result.stderr) == (expected, "")
     installed = guest.project.glob(".venv/lib/*/*/*.dist-info")
     assert {path.name.split("-")[0] for path in installed} == {"h11", "idna", "pip"}
+    assert guest.make("run", PY="python3.99").returncode != 0  # there is none
+    assert guest.make("run").returncode == 0
     guest.make_tool("python3.99", "echo 3.99")  # of another version, and makes no environment
     assert guest.make("run", PY="python3.99").returncode != 0
 

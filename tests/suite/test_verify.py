@@ -86,8 +86,8 @@ def test_settings_precedence(guest: Sandbox) -> None:
     lines = [
         f"\xef\xbb\xbfAUTHSERVER_URL={guest.issuer}/",
         "AUTHSERVER_URL=http://localhost:1",
-        f'export ADMIN_URL="{guest.authserver.admin_url}/"  # caf\xe9',
-        "MCP_SERVER_NAME='$(touch ran)'",
+        f'ADMIN_URL="{guest.authserver.admin_url}/"  # caf\xe9',
+        " export MCP_SERVER_NAME = '$(touch ran)'",
     ]
     dotenv = "".join(f"{line}\r\n" for line in lines)
     (guest.project / ".env").write_text(dotenv, encoding="latin-1")
@@ -101,6 +101,7 @@ ACCEPTED = http_response("200 OK", '{"id": 1, "result": {"serverInfo": {"name": 
 HTML = http_response("200 OK", "<html>")
 REDIRECT = http_response("302 Found", "A-SECRET", location="/")
 OTHER_ERROR = http_response("400 Bad Request", '{"error": "invalid_request"}')
+EMPTY_ERROR = http_response("400 Bad Request")
 CONTROLS = "\x1b[31m\r\nALL\u202e" + "\x01" * 5_000
 CONTROL_CHARACTERS = http_response("400 No", json.dumps({"error": CONTROLS}))
 UNAUTHORIZED = http_response("401 Unauthorized")
@@ -149,7 +150,7 @@ WRONG: dict[str, dict[str, Change]] = {
         "scope not granted: rejected: expected 400 invalid_scope": respond_to(
             b"%3Anot", OTHER_ERROR
         ),
-        "unknown resource: rejected: expected 400 invalid_": respond_to(b"not-reg", OTHER_ERROR),
+        "unknown resource: rejected: expected 400 invalid_": respond_to(b"not-reg", EMPTY_ERROR),
     },
     "ADMIN_URL": {
         "got 401: are AUTHPLANE_ADMIN_API_KEY": respond_to(b"", UNAUTHORIZED),
@@ -244,10 +245,13 @@ def test_the_agent_runs_in_a_network(start_fake: StartFake, guest: Sandbox) -> N
 
 
 def test_uses_a_proxy_for_other_machines(start_fake: StartFake, guest: Sandbox) -> None:
-    proxy = start_fake(lambda _: HTML)
-    guest.verify(AUTHSERVER_URL="http://as.invalid", http_proxy=proxy.url)
-    [request] = proxy.requests
-    assert request.path == "http://as.invalid/.well-known/oauth-authorization-server"
+    def to_mcp_server(request: Request, forward: Forward) -> bytes:
+        assert request.path == "http://mcp.invalid/mcp"
+        return forward(request._replace(path="/mcp"))
+
+    proxy = start_fake(proxy_to(guest.ports[2], to_mcp_server))
+    result = guest.verify(MCP_URL="http://mcp.invalid/mcp", http_proxy=proxy.url)
+    assert result.returncode == 0, result
 
 
 def test_unknown_certificates_are_rejected(

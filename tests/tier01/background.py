@@ -17,7 +17,7 @@ from typing import IO
 from urllib.parse import urlsplit
 
 LOG = Path(__file__).parents[2] / ".stand-in.log"
-INHERITED = (
+PASSED_ON = (
     "AUTHPLANE_ADMIN_API_KEY",
     "RESOURCE_URI",
     "MCP_SERVER_NAME",
@@ -29,7 +29,7 @@ INHERITED = (
 
 def environment() -> dict[str, str]:
     """Return the environment of serve.py: no proxy, because all calls are on this host."""
-    return {name: os.environ[name] for name in INHERITED if name in os.environ} | {
+    return {name: os.environ[name] for name in PASSED_ON if name in os.environ} | {
         "AUTHPLANE_SERVER_ISSUER": os.environ["AUTHSERVER_URL"],
         "AUTHPLANE_SERVER_ADDRESS": address("AUTHSERVER_URL"),
         "AUTHPLANE_ADMIN_ADDRESS": address("ADMIN_URL"),
@@ -103,7 +103,6 @@ def stop() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback
     try:
         if sys.argv[1] == "start":
             start()
