@@ -10,7 +10,7 @@ from joserfc import jwt
 from joserfc.jwk import KeySet
 
 from authserver_client import DIRECT, AuthserverClient, Credentials, status_of
-from sandbox import COMPOSE_TIER01, authserver_image, wait_until
+from sandbox import COMPOSE_TIER01, wait_until
 
 METADATA_PATH = "/.well-known/oauth-authorization-server"
 KEYS_PATH = "/.well-known/jwks.json"
@@ -23,8 +23,8 @@ def authserver(request: pytest.FixtureRequest) -> AuthserverClient:
     if request.param == "stand-in":
         sandbox = request.getfixturevalue("servers")
     else:
+        request.getfixturevalue("authserver_image")
         sandbox = request.getfixturevalue("docker_sandbox")
-        authserver_image(sandbox)
         issuer = f"--env=AUTHPLANE_SERVER_ISSUER={sandbox.issuer}"
         sandbox.docker(*COMPOSE_TIER01, "run", "--detach", "--service-ports", issuer, "authserver")
         wait_until(lambda: status_of(sandbox.issuer + METADATA_PATH) == 200, "the authserver")

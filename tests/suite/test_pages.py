@@ -123,7 +123,7 @@ def assert_shown(printed: str, step: str) -> None:
 
 
 def test_when_the_agent_fails(servers: Sandbox, agent_settings: dict[str, str]) -> None:
-    """Each text that the table quotes is in the only line of an agent with such a setting."""
+    """With a wrong setting, the only line of the agent has the text that the table quotes."""
     other, undeclared = f"{servers.mcp_url}/other", f"{servers.mcp_url}/undeclared"
     servers.authserver.register_resource("other", other, "mcp:echo")
     servers.authserver.register_resource("undeclared", undeclared, "mcp:other")

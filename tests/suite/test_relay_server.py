@@ -77,12 +77,24 @@ def last_error(relay: Sandbox) -> str:
     return " ".join(relay.log.read_text().split("╯")[-1].split())
 
 
+def relay_settings(tier01: Sandbox, client: Credentials, port: int) -> dict[str, str]:
+    """Return the settings of a server on this port that calls the MCP server of tier 01."""
+    return tier01.settings | {
+        "CLIENT_ID": client[0],
+        "CLIENT_SECRET": client[1],
+        "OTHER_MCP_URL": tier01.mcp_url,
+        "OTHER_RESOURCE_URI": tier01.mcp_url,
+        "PORT": str(port),
+        "FASTMCP_CHECK_FOR_UPDATES": "off",
+    }
+
+
 def start(
     relay: Sandbox, tier01: Sandbox, program: str = RELAY_SERVER, client: Credentials | None = None
 ) -> subprocess.Popen[str]:
     """Start the program; return when it listens, or has ended."""
     client = client or tier01.authserver.register_client("mcp:echo mcp:other")
-    settings = tier01.relay_settings(client, relay.ports[2])
+    settings = relay_settings(tier01, client, relay.ports[2])
     server = relay.start_logged(RELAY_PYTHON, "-c", program, **settings)
     wait_until(lambda: server.poll() is not None or status_of(relay.mcp_url), f"relay: {relay.log}")
     return server
@@ -241,7 +253,7 @@ def test_private_networks(sandbox: Sandbox, servers: Sandbox) -> None:
     [lines] = blocks(section(EXAMPLES, "Private networks and proxies"), "python")
     create = "    authplane = await AuthplaneClient.create(ISSUER, auth=CREDENTIALS)"
     allowed = replace_once(RELAY_SERVER, create, indent(lines.rstrip(), "    "))
-    settings = servers.relay_settings(("client", "secret"), sandbox.ports[2])
+    settings = relay_settings(servers, ("client", "secret"), sandbox.ports[2])
     settings |= {"AUTHPLANE_ISSUER": "https://127.0.0.1:1", "AUTHPLANE_DEV_MODE": ""}
     rejected = sandbox.run(RELAY_PYTHON, "-c", RELAY_SERVER, **settings).stderr
     assert "URL resolves to blocked IP" in rejected
@@ -271,7 +283,7 @@ def test_protect_your_server(servers: Sandbox, new_sandbox: NewSandbox) -> None:
         f"{without_token} && exit 1\n",
         clean_up,
     ]
-    settings = servers.relay_settings(("", ""), port) | {
+    settings = relay_settings(servers, ("", ""), port) | {
         "AUTHSERVER_URL": servers.issuer,
         "ADMIN_URL": servers.authserver.admin_url,
         "AUTHPLANE_ADMIN_API_KEY": ADMIN_KEY,

@@ -171,7 +171,7 @@ def test_wrong_servers_are_reported(
     server: str,
     message: str,
 ) -> None:
-    """It says why in one line, sends no control character to a terminal, and leaves nothing.
+    """verify.sh says why in one line, sends no control character to a terminal, and leaves nothing.
 
     The client that is in the environment or in .env stays.
     """
@@ -237,7 +237,7 @@ def test_metadata_of_the_issuer(start_fake: StartFake, guest: Sandbox) -> None:
 
 
 def test_the_agent_runs_in_a_network(start_fake: StartFake, guest: Sandbox) -> None:
-    """It is that of the container, the first if there are several."""
+    """The network is the first of those that the container is in."""
     guest.make_tool("docker", "echo first,second")
     issuer = {"AUTHSERVER_URL": with_issuer("http://no.invalid/\x1b[2J")}
     result = guest.verify(**behind_fakes(guest, start_fake, issuer))
@@ -257,7 +257,7 @@ def test_uses_a_proxy_for_other_machines(start_fake: StartFake, guest: Sandbox) 
 def test_unknown_certificates_are_rejected(
     start_fake: StartFake, guest: Sandbox, agent_settings: dict[str, str]
 ) -> None:
-    """By verify.sh and by the agent, until each is told the authority."""
+    """verify.sh and the agent reject one, until they are told its authority."""
     fake = start_fake(proxy_to(guest.ports[2], lambda request, forward: forward(request)))
     authority, context = trustme.CA(), ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("localhost").configure_cert(context)  # pyright: ignore[reportUnknownMemberType]
@@ -273,7 +273,7 @@ def test_unknown_certificates_are_rejected(
 
 
 def test_passes_for_other_correct_servers(start_fake: StartFake, guest: Sandbox) -> None:
-    """That is an older authserver, and an MCP server whose challenge has capital letters.
+    """An older authserver, and an MCP server whose challenge has capital letters.
 
     Only the stand-in is named in the verdict.
     """
@@ -290,7 +290,7 @@ def test_passes_for_other_correct_servers(start_fake: StartFake, guest: Sandbox)
 
 
 def test_an_id_and_a_secret_of_any_characters(start_fake: StartFake, guest: Sandbox) -> None:
-    """They are percent-encoded: RFC 6749, section 2.3.1, and RFC 3986, section 2.1."""
+    """Both are percent-encoded: RFC 6749, section 2.3.1, and RFC 3986, section 2.1."""
     client = http_response("201 Created", '{"client_id": "../x", "client_secret": "+/=&%: x"}')
     public_port, admin_port, _ = guest.ports
     public = start_fake(proxy_to(public_port, respond_to(b"POST", UNAUTHORIZED)))
