@@ -1,8 +1,8 @@
 # GNU Make 3.81 and later. Settings: see .env.example; PY=python3.13 chooses the Python.
 SHELL := /bin/bash
 INSTALL := bash tests/harness/install.sh
-COUNT := grep -cvE '^ *(\#|$$)'
-PIN = UV_CUSTOM_COMPILE_COMMAND='make lock' tests/.venv/bin/uv pip compile --quiet --universal --upgrade \
+COUNT_LINES := grep -cvE '^ *(\#|$$)'
+COMPILE = UV_CUSTOM_COMPILE_COMMAND='make lock' tests/.venv/bin/uv pip compile --quiet --universal --upgrade \
   --generate-hashes --python-version 3.12
 export PY
 export LC_ALL := C
@@ -20,8 +20,8 @@ verify: run ## Run the agent, and check what the servers accept and reject
 	@bash verify.sh
 
 diff: ## Show what authentication adds to the same client without it
-	@total=$$($(COUNT) agent.py); \
-	  auth=$$(sed -n '/# authplane:begin/,/# authplane:end/p' agent.py | grep -v ' import ' | $(COUNT)); \
+	@total=$$($(COUNT_LINES) agent.py); \
+	  auth=$$(sed -n '/# authplane:begin/,/# authplane:end/p' agent.py | grep -v ' import ' | $(COUNT_LINES)); \
 	  sdk=$$(sed -n 's/^dependencies = \["\(authplane-sdk\)\([^"]*\).*/\1 \2/p' pyproject.toml); \
 	  echo "Auth-specific code: $$auth lines · Total example: $$total lines · SDK: $$sdk"
 	@sed '/# authplane:begin/,/# authplane:end/d' agent.py | diff -U3 - agent.py | tail -n +3
@@ -44,10 +44,10 @@ lint: ## Check style, types and shell
 
 lock: ## Pin the newest versions that pyproject.toml allows
 	@$(INSTALL) tests/.venv lint
-	@$(PIN) --output-file tests/requirements/agent.txt pyproject.toml --group platforms
-	@$(PIN) --output-file tests/requirements/tier01.txt --group tier01 -c tests/requirements/agent.txt
-	@$(PIN) --output-file tests/requirements/test.txt --group test -c tests/requirements/tier01.txt
-	@$(PIN) --output-file tests/requirements/lint.txt --group lint -c tests/requirements/tier01.txt -c tests/requirements/test.txt
+	@$(COMPILE) --output-file tests/requirements/agent.txt pyproject.toml --group platforms
+	@$(COMPILE) --output-file tests/requirements/tier01.txt --group tier01 -c tests/requirements/agent.txt
+	@$(COMPILE) --output-file tests/requirements/test.txt --group test -c tests/requirements/tier01.txt
+	@$(COMPILE) --output-file tests/requirements/lint.txt --group lint -c tests/requirements/tier01.txt -c tests/requirements/test.txt
 
 clean: ## Stop and remove what `make run` started and created
 	@python=tests/.venv/bin/python; [ -x $$python ] || python=$${PY:-python3}; \

@@ -56,7 +56,7 @@ token=$(json_field access_token)
 
 # Step 4. Run the agent, which requests a token of its own, and calls the MCP server with it.
 run_agent "$issuer" "$client_id" "$client_secret"
-check "agent: accepted" "exit 0, MCP initialize OK" "see When the agent fails in README.md"
+check "agent: accepted" "exit 0, MCP initialize OK" "see When the agent fails in README.md; if the agent isn't installed, run make run"
 
 # The authorization server issues a token only to this client, for its scope, and for a registered resource.
 request_token "$client_id" not-the-secret scope=mcp:echo "resource=$RESOURCE_URI"

@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# Finds out where the agent has to run, and runs it there. Sourced after requests.sh.
+# Finds out where the agent has to run, and runs it there. Uses requests.sh.
 
-network=''                        # the Docker network in which the agent runs; empty if it runs on this host
-container=02-agent-$$-$RANDOM # its name in a network
+network='' # the Docker network in which the agent runs; empty if it runs on this host
+container=02-agent-$$-$RANDOM # the name of the agent's container in this network
 
 # find_network ISSUER: sets network. If this host can't reach the issuer, it is the network of the container that publishes the
 # port of AUTHSERVER_URL.

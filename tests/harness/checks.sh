@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Compares what the servers respond. Sourced after agent.sh.
+# Compares what the servers respond. Uses requests.sh.
 
 # check NAME EXPECTED HELP: prints actual, and fails unless it matches EXPECTED, a regular expression. The message has HELP, and
 # the response if it is an error. Other responses are not shown: they can contain a token or a secret.

@@ -1,10 +1,9 @@
 # shellcheck shell=bash
-# Cleans up at the end of a run. Sourced after agent.sh.
+# Cleans up at the end of a run. Uses requests.sh and agent.sh.
 
 # prepare_clean_up: creates the folder $work. From here on, clean_up is called at the end of the run, however it ends.
 prepare_clean_up() {
-  started_here='' # yes if this run starts the stand-in
-  client_id=''    # the client that this run registers, never the one in .env
+  client_id='' # the client that this run registers, never the one in .env
   work=''
   trap clean_up EXIT
   trap 'exit 1' HUP INT QUIT TERM
@@ -16,7 +15,7 @@ prepare_clean_up() {
 }
 
 # clean_up: ends the agent, deletes the client, removes the files, and ends with the exit status of the run. If the run has
-# failed, it also stops the stand-in that the run started.
+# failed, it also stops the stand-in, if this process has started it.
 clean_up() {
   local exit_status=$?
   local job
@@ -40,7 +39,9 @@ clean_up() {
       *) printf 'verify.sh: client %s was not deleted (%s): delete it manually\n' "$(printable "$client_id")" "$status" >&2 ;;
     esac
   fi
-  if [ "$exit_status" != 0 ] && [ -n "$started_here" ]; then tests/.venv/bin/python -I tests/tier01/background.py stop; fi
+  if [ "$exit_status" != 0 ] && grep -qx "started by $$" .stand-in.log 2>/dev/null; then
+    tests/.venv/bin/python -I tests/tier01/background.py stop
+  fi
   rm -rf "$work"
   exit "$exit_status"
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # install.sh FOLDER NAME: installs tests/requirements/NAME.txt into the virtual environment FOLDER. Makes the environment if it
-# is missing, and makes it again if it is incomplete, if its Python is gone, or if PY names another version.
+# is missing, and makes it again if it is incomplete, if its Python is gone or too old, or if PY names another version.
 # Python runs with -I, so that it ignores PYTHONPATH and the like.
 set -euo pipefail
 folder=$1
@@ -14,6 +14,7 @@ version_of() {
 
 # usable: true if the environment can be installed into.
 usable() {
+  version_of "$folder/bin/python" >/dev/null || return
   "$folder/bin/python" -I -c 'import pip' 2>/dev/null || return
   [ -z "${PY-}" ] || [ "$(version_of "$PY")" = "$(version_of "$folder/bin/python")" ]
 }

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# Sends requests to the authorization server, its admin API and the MCP server. Sourced after settings.sh.
+# Sends requests to the authorization server, its admin API and the MCP server. Uses settings.sh, and
+# the folder $work of cleanup.sh.
 #
 # Each function that sends a request sets
 #   url         where the request went

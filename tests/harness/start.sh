@@ -14,7 +14,6 @@ check_settings
 request_metadata "$AUTHSERVER_URL"
 if is_local "$AUTHSERVER_URL" && [ "$status" = "no response" ]; then
   bash tests/harness/install.sh tests/.venv tier01
-  started_here=yes
   (
     trap '' INT # clean_up ends it, without a traceback
     export AUTHSERVER_URL ADMIN_URL MCP_URL AUTHPLANE_ADMIN_API_KEY RESOURCE_URI MCP_SERVER_NAME
@@ -23,7 +22,8 @@ if is_local "$AUTHSERVER_URL" && [ "$status" = "no response" ]; then
   wait "$!" || exit
   request_metadata "$AUTHSERVER_URL"
 fi
-[ "$status" = 200 ] || fail "no authorization server at AUTHSERVER_URL=$AUTHSERVER_URL ($status${curl_error:+, $curl_error})"
+[ "$status" = 200 ] || fail "no authorization server at AUTHSERVER_URL=$AUTHSERVER_URL ($status${curl_error:+, $curl_error}): \
+start it; if you changed .env, run make clean first"
 issuer=$(json_field issuer)
 stand_in=''
 if is_stand_in; then stand_in=" (a stand-in: see Run it in README.md)"; fi

@@ -10,6 +10,7 @@ from authserver_client import ADMIN_KEY, status_of
 from sandbox import PYTHON, Sandbox, wait_until
 
 RUNNING = "tier 01 is running: {0.issuer} (a stand-in: see Run it in README.md) and {0.mcp_url}\n"
+OLD_PYTHON = f"{PYTHON} -I -c 'import sys; sys.version_info = (3, 11); '\"$3\""  # $3: after -I -c
 INSTALLING = "installing tests/requirements/agent.txt into .venv\n"
 
 
@@ -40,6 +41,8 @@ def test_run_keeps_what_is_running(sandbox: Sandbox) -> None:
     assert sandbox.make("run").stdout == RUNNING.format(sandbox)
     [server] = sandbox.processes()
     assert sandbox.make("run").stdout == RUNNING.format(sandbox)
+    other = sandbox.make("run", AUTHSERVER_URL="http://localhost:1")
+    assert "if you changed .env, run make clean first" in other.stderr
     assert sandbox.make("run", MCP_URL="http://localhost:1/mcp").returncode != 0
     assert sandbox.processes() == [server]
     server.kill()
@@ -90,7 +93,7 @@ def test_a_tool_is_missing(sandbox: Sandbox) -> None:
 
 def test_python_is_too_old(sandbox: Sandbox) -> None:
     (sandbox.project / "tests/.venv").unlink()
-    sandbox.make_tool("python3", f"{PYTHON} -c 'import sys; sys.version_info = (3, 11); '\"$3\"")
+    sandbox.make_tool("python3", OLD_PYTHON)
     assert "no Python 3.12 or newer: install one" in sandbox.make("run").stderr
 
 
@@ -110,7 +113,7 @@ def test_python_is_too_old(sandbox: Sandbox) -> None:
         ("TOKEN_SECONDS", "x", "tier 01 did not start: ValueError: invalid literal for int()"),
     ],
 )
-def test_says_what_to_do(sandbox: Sandbox, name: str, value: str, message: str) -> None:
+def test_wrong_settings_are_reported(sandbox: Sandbox, name: str, value: str, message: str) -> None:
     assert message in sandbox.make("run", **{name: value.format(sandbox)}).stderr
     assert sandbox.leftovers() == []
 
@@ -130,13 +133,13 @@ def test_keeps_what_it_did_not_make(guest: Sandbox) -> None:
 
 
 def test_installs_the_pinned_packages(guest: Sandbox) -> None:
-    """The user's settings of pip, Python and the locale are ignored, and a broken environment."""
+    """The user's settings of pip, Python and the locale are ignored, and an old environment."""
     constraint = guest.folder / "constraint.txt"
     constraint.write_text("h11==0.0.1\n")
     hostile_settings = {"PIP_USER": "1", "PIP_TARGET": "there", "PIP_CONSTRAINT": str(constraint)}
     hostile_settings |= {"PIP_DRY_RUN": "1", "PIP_PREFIX": "there", "PIP_ROOT": "there"}
     hostile_settings |= {"PYTHONHOME": "/nowhere", "LC_ALL": "none"}
-    break_environment(guest.project / ".venv")
+    make_old_environment(guest.project / ".venv")
     requirements = guest.project / "tests/requirements/agent.txt"
     pinned = re.findall(r"(?ms)^(?:h11|idna)==.*?[^\\]$", requirements.read_text())
     requirements.write_text(pinned[0])
@@ -154,9 +157,9 @@ def test_installs_the_pinned_packages(guest: Sandbox) -> None:
     assert guest.make("run", PY="python3.99").returncode != 0
 
 
-def break_environment(folder: Path) -> None:
-    """Make an environment whose Python no longer exists, as after an upgrade of the system."""
+def make_old_environment(folder: Path) -> None:
+    """Make an environment whose Python is too old."""
     folder.unlink()
     (folder / "bin").mkdir(parents=True)
-    (folder / "bin/python").symlink_to("/nowhere/python3")
-    (folder / "installed-agent.txt").touch()
+    (folder / "bin/python").write_text(f"#!/bin/sh\n{OLD_PYTHON}\n")
+    (folder / "bin/python").chmod(0o755)

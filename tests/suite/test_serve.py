@@ -1,4 +1,4 @@
-"""serve.py: what its admin API needs, and when it ends."""
+"""serve.py: it requires an authorization server and an admin API key, and ends on a signal."""
 
 import signal
 

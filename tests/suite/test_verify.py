@@ -8,6 +8,7 @@ import signal
 import ssl
 import threading
 import time
+from base64 import b64decode
 from collections.abc import Mapping
 
 import pytest
@@ -66,7 +67,7 @@ def test_checks_everything_and_leaves_nothing(guest: Sandbox, servers: Sandbox) 
     assert requested == 4  # one by each verify.sh, and one by each agent
 
 
-def test_holds_in_any_environment(guest: Sandbox, sandbox: Sandbox) -> None:
+def test_ignores_the_environment(guest: Sandbox, sandbox: Sandbox) -> None:
     """Proxies, missing certificates, a missing locale, and what changes curl, cd and bash."""
     (guest.folder / ".curlrc").write_text("url = http://localhost:1\n")
     (guest.folder / "httpx.py").write_text("raise SystemExit(1)")
@@ -91,7 +92,7 @@ def test_settings_precedence(guest: Sandbox) -> None:
     ]
     dotenv = "".join(f"{line}\r\n" for line in lines)
     (guest.project / ".env").write_text(dotenv, encoding="latin-1")
-    result = guest.verify(MCP_SERVER_NAME="demo-server")
+    result = guest.verify(MCP_SERVER_NAME="")
     assert (result.returncode, result.stderr) == (0, "")
     assert "expected the server $(touch ran), got " in guest.verify().stderr
     assert not (guest.project / "ran").exists()
@@ -108,6 +109,7 @@ UNAUTHORIZED = http_response("401 Unauthorized")
 FORBIDDEN = http_response("403 Forbidden")
 NOT_FOUND = http_response("404 Not Found", "the page")
 INVALID_URI = http_response("500 Oops", '{"detail": "the uri is invalid"}')
+OTHER_STATUS = http_response("200 OK", '{"client_id": "x", "client_secret": "A-SECRET"}')
 WITHOUT_SECRET = http_response("201 Created", '{"client_id": "A-SECRET"}')
 
 
@@ -115,54 +117,51 @@ def with_issuer(text: str) -> Change:
     return respond_to(b"GET", http_response("200 OK", json.dumps({"issuer": text})))
 
 
-# by the setting of the server: what verify.sh says, and what is wrong with the server
-WRONG: dict[str, dict[str, Change]] = {
-    "MCP_URL": {
-        "no token: rejected: expected 401 bearer resource_metadata, got 200": respond_to(
-            b"", ACCEPTED
+# by the setting of a server: what verify.sh says, and what is wrong with the server
+WRONG: dict[str, list[tuple[str, Change]]] = {
+    "MCP_URL": [
+        ("rejected: expected 401 bearer resource_metadata, got 200: ", respond_to(b"", ACCEPTED)),
+        ("got 401 bearer: ", replacing(b"resource_metadata", b"resource_document")),
+        ("got no response (curl: (28) ", respond_to(b"", None)),
+        (
+            "got exit 1, agent: ValueError('expected the server ",
+            replacing(b"demo-server", b"DEMO-SERVER"),
         ),
-        "got 401 bearer: ": replacing(b"resource_metadata", b"resource_megadata"),
-        "got no response (curl: (28) ": respond_to(b"", None),
-        "got exit 1, agent: ValueError('expected the server ": replacing(
-            b"demo-server", b"my_server_1"
+        ("tampered token: rejected: expected 401.*, got 403: ", respond_to(b"POST", FORBIDDEN, 3)),
+        ("audience: rejected: expected 401.*, got 403: ", respond_to(b"POST", FORBIDDEN, 4)),
+    ],
+    "AUTHSERVER_URL": [
+        ("got 404 (the page): is there an authorization server", respond_to(b"GET", NOT_FOUND)),
+        ("discovery: expected 200, got 302: ", respond_to(b"GET", REDIRECT)),
+        ('the response (200) is not a JSON object with "issuer"', respond_to(b"GET", HTML)),
+        ('the response (200) is not a JSON object with "issuer"', with_issuer("")),
+        ("ftp://x?[31m??ALL: it must begin with http", with_issuer("ftp://x\x1b[31m\r\nALL")),
+        ("http://no.invalid is not reachable from this host", with_issuer("http://no.invalid")),
+        ("issued: expected 200, got 400 ?[31m??ALL?", respond_to(b"POST", CONTROL_CHARACTERS)),
+        (
+            "wrong secret: rejected: expected 401 invalid_client, got 401 invalid_target",
+            replacing(b"invalid_client", b"invalid_target"),
         ),
-        "tampered token: rejected: expected 401.*, got 403: ": respond_to(
-            b"POST", FORBIDDEN, first=3
+        (
+            "deleted client: rejected: expected 401 invalid_client, got 401 invalid_target",
+            replacing(b"invalid_client", b"invalid_target", 2),
         ),
-        "different audience: rejected: expected 401.*, got 403: ": respond_to(
-            b"POST", FORBIDDEN, first=4
-        ),
-    },
-    "AUTHSERVER_URL": {
-        "got 404 (the page): is there an authorization server at": respond_to(b"GET", NOT_FOUND),
-        "discovery: expected 200, got 302: ": respond_to(b"GET", REDIRECT),
-        'the response (200) is not a JSON object with "issuer"': respond_to(b"GET", HTML),
-        '(200) is not a JSON object with "issuer"': with_issuer(""),
-        "ftp://x?[31m??ALL: it must begin with http": with_issuer("ftp://x\x1b[31m\r\nALL"),
-        "http://no.invalid is not reachable from this host": with_issuer("http://no.invalid"),
-        "token: issued: expected 200, got 400 ?[31m??ALL?": respond_to(b"POST", CONTROL_CHARACTERS),
-        "wrong secret: rejected: expected 401 invalid_client, got 401 invalid_target": replacing(
-            b"invalid_client", b"invalid_target"
-        ),
-        "deleted client: rejected: expected 401 invalid_client, got 401 invalid_target": replacing(
-            b"invalid_client", b"invalid_target", first=2
-        ),
-        "scope not granted: rejected: expected 400 invalid_scope": respond_to(
-            b"%3Anot", OTHER_ERROR
-        ),
-        "unknown resource: rejected: expected 400 invalid_": respond_to(b"not-reg", EMPTY_ERROR),
-    },
-    "ADMIN_URL": {
-        "got 401: are AUTHPLANE_ADMIN_API_KEY": respond_to(b"", UNAUTHORIZED),
-        'got 500 ({"detail": "the uri is invalid"})': respond_to(b"/admin/resources", INVALID_URI),
-        'not a JSON object with "client_secret"': respond_to(b"/admin/clients ", WITHOUT_SECRET),
-        "client: deleted: expected 204, got 500: ": replacing(b" 204 ", b" 500 "),
-    },
+        ("not granted: rejected: expected 400 invalid_scope", respond_to(b"%3Anot", OTHER_ERROR)),
+        ("unknown resource: rejected: expected 400 ", respond_to(b"not-reg", EMPTY_ERROR)),
+    ],
+    "ADMIN_URL": [
+        ("got 401: are AUTHPLANE_ADMIN_API_KEY", respond_to(b"", UNAUTHORIZED)),
+        ('got 500 ({"detail": "the uri is invalid"})', respond_to(b"/resources", INVALID_URI)),
+        ("client: registered: expected 201, got 200: ", respond_to(b"/clients ", OTHER_STATUS)),
+        ('not a JSON object with "client_secret"', respond_to(b"/clients ", WITHOUT_SECRET)),
+        ("client: deleted: expected 204, got 500: ", replacing(b" 204 ", b" 500 ")),
+    ],
 }
 
 
 @pytest.mark.parametrize(
-    ("server", "message"), [(server, message) for server in WRONG for message in WRONG[server]]
+    ("server", "message", "change"),
+    [(server, message, change) for server, rows in WRONG.items() for message, change in rows],
 )
 def test_wrong_servers_are_reported(
     start_fake: StartFake,
@@ -170,6 +169,7 @@ def test_wrong_servers_are_reported(
     credentials: Credentials,
     server: str,
     message: str,
+    change: Change,
 ) -> None:
     """verify.sh says why in one line, sends no control character to a terminal, and leaves nothing.
 
@@ -178,7 +178,7 @@ def test_wrong_servers_are_reported(
     curl = shutil.which("curl")
     guest.make_tool("curl", f'exec {curl} "$@" --max-time 2')  # the last one counts
     before = guest.authserver.clients()
-    settings = behind_fakes(guest, start_fake, {server: WRONG[server][message]})
+    settings = behind_fakes(guest, start_fake, {server: change})
     result = guest.verify(CLIENT_ID=credentials[0], **settings)
     assert result.returncode == 1
     [error] = result.stderr.splitlines()
@@ -350,7 +350,12 @@ def test_shows_no_secret(start_fake: StartFake, guest: Sandbox) -> None:
     settings = behind_fakes(guest, start_fake, dict.fromkeys(PATHS, kept))
     result = guest.verify(AUTHPLANE_ADMIN_API_KEY=ADMIN_KEY, **settings)
     assert result.returncode == 0, result
-    secrets = {*re.findall(SECRET, b"\n".join(messages).decode())}
+    sent = b"\n".join(messages).decode()
+    client_secrets = {
+        b64decode(basic).split(b":")[1] for basic in re.findall(r"authorization: Basic (\S+)", sent)
+    }
+    assert len(client_secrets - {b""}) == 2  # the right one and a wrong one
+    secrets = {*re.findall(SECRET, sent)}
     assert len(secrets) == 8  # admin key, client secret, two Basic credentials, four tokens
     shown = result.stdout + result.stderr + record.read_text()
     assert [secret for secret in secrets if secret in shown] == []

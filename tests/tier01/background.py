@@ -73,6 +73,7 @@ def start() -> None:
             if not os.path.samestat(os.fstat(log.fileno()), LOG.stat()):
                 raise FileNotFoundError(LOG)  # stop has removed the file that is locked here
             log.truncate(0)
+            print("started by", os.getppid(), file=log, flush=True)  # cleanup.sh reads it
             subprocess.Popen(
                 [sys.executable, Path(__file__).with_name("serve.py")],
                 env=server_environment,
