@@ -249,16 +249,14 @@ def test_it_does_not_start(
 
 
 def test_private_networks(sandbox: Sandbox, servers: Sandbox) -> None:
-    """The SDK connects only with the lines of the page. Nothing listens at this address."""
+    """With the lines of the page, the SDK tries to connect. Nothing listens at this address."""
     [lines] = blocks(section(EXAMPLES, "Private networks and proxies"), "python")
     create = "    authplane = await AuthplaneClient.create(ISSUER, auth=CREDENTIALS)"
     allowed = replace_once(RELAY_SERVER, create, indent(lines.rstrip(), "    "))
     settings = relay_settings(servers, ("client", "secret"), sandbox.ports[2])
     settings |= {"AUTHPLANE_ISSUER": "https://127.0.0.1:1", "AUTHPLANE_DEV_MODE": ""}
-    rejected = sandbox.run(RELAY_PYTHON, "-c", RELAY_SERVER, **settings).stderr
-    assert "URL resolves to blocked IP" in rejected
-    connected = sandbox.run(RELAY_PYTHON, "-c", allowed, **settings).stderr
-    assert "All connection attempts failed" in connected
+    error = sandbox.run(RELAY_PYTHON, "-c", allowed, **settings).stderr
+    assert "All connection attempts failed" in error  # and not: URL resolves to blocked IP
 
 
 @on_fastmcp_4

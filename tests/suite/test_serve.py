@@ -21,6 +21,6 @@ def test_the_admin_api_is_closed_without_a_key(sandbox: Sandbox) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ends_on_a_signal(sandbox: Sandbox, number: int) -> None:
-    server = sandbox.serve()
+    server = sandbox.serve("authserver")
     server.send_signal(number)
     assert server.wait(5) == -number
