@@ -54,8 +54,7 @@ clean: ## Stop and remove what `make run` started and created
 	  if [ -e .stand-in.log ]; then $$python -I tests/tier01/background.py stop; fi
 	@# Compose must read neither .env nor the file that COMPOSE_FILE names
 	@image=$$(docker compose --file docker-compose.yml --env-file /dev/null config --images 2>/dev/null); \
-	  if docker image inspect "$$image" >/dev/null 2>&1; then \
-	    docker compose --file docker-compose.yml --env-file /dev/null down --rmi local; fi
+	  if docker image inspect "$$image" >/dev/null 2>&1; then docker image rm "$$image"; fi
 	@rm -rf .venv tests/.venv .pytest_cache .ruff_cache
 	@find . -name __pycache__ -prune -exec rm -rf {} +
 	@if cmp -s .env .env.example; then rm .env; fi

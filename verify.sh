@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
 # Goes through the steps of README.md, and checks what the servers accept and reject. The functions that it calls are in
-# tests/harness: request_… in requests.sh, run_agent in agent.sh, check in checks.sh.
+# tests/harness: request_… and check in requests.sh, run_agent in agent.sh.
 set -euo pipefail
 CDPATH='' cd "$(dirname "$0")"
 . tests/harness/settings.sh
 . tests/harness/requests.sh
 . tests/harness/agent.sh
-. tests/harness/checks.sh
 . tests/harness/cleanup.sh
 
 prepare_clean_up

@@ -35,10 +35,10 @@ exec_agent() {
     # Compose must read neither .env, because the settings are exported, nor the file that COMPOSE_FILE names
     exec docker compose --file docker-compose.yml --env-file /dev/null run --rm --no-TTY --name "$container" agent
   fi
-  # servers on this host need no proxy and no certificates, whatever is configured
+  # servers on this host need no proxy, and with http no certificates, whatever is configured
   if is_local "$1" && is_local "$MCP_URL"; then
     export no_proxy='*' # Python prefers it to NO_PROXY
-    unset SSL_CERT_FILE
+    if [[ $1$MCP_URL != *https:* ]]; then unset SSL_CERT_FILE; fi
   fi
   exec .venv/bin/python -I agent.py
 }

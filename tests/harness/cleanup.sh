@@ -3,7 +3,7 @@
 
 # prepare_clean_up: creates the folder $work. From here on, clean_up is called at the end of the run, however it ends.
 prepare_clean_up() {
-  client_id='' # the client that this run registers, never the one in .env
+  client_id='' # of the client that this run registers
   work=''
   trap clean_up EXIT
   trap 'exit 1' HUP INT QUIT TERM

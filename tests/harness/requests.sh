@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sends requests to the authorization server, its admin API and the MCP server. Uses settings.sh, and
-# the folder $work of cleanup.sh.
+# Sends requests to the authorization server, its admin API and the MCP server, and checks the responses. Uses settings.sh; $work
+# is a folder for the responses.
 #
 # Each function that sends a request sets
 #   url         where the request went
@@ -28,7 +28,7 @@ request() {
     trap '' HUP INT QUIT TERM
     printf '%s\n' "$headers" | curl "${options[@]}" 2>"$work/curl"
   ) || status="no response"
-  curl_error=$(tail -n 1 "$work/curl")
+  curl_error=$(head -n 1 "$work/curl")
   actual=$status
 }
 
@@ -87,4 +87,20 @@ Content-Type: application/json"
   for word in bearer invalid_token resource_metadata; do
     if [[ $challenge = *"$word"* ]]; then actual+=" $word"; fi
   done
+}
+
+# check NAME EXPECTED HELP: prints actual, and fails unless it matches EXPECTED, a regular expression. The message has HELP, and
+# the response if it is an error. Other responses are not shown: they can contain a token or a secret.
+check() {
+  local reason=''
+  if [[ $actual =~ ^($2)$ ]]; then
+    printf '✓ %-30s %s\n' "$1" "$actual"
+    return
+  fi
+  printf '✗ %s\n' "$1"
+  case $status in
+    "no response") reason=$curl_error ;;
+    [45]??) reason=$(head -c 300 "$work/body") ;;
+  esac
+  fail "$1: expected $2, got ${actual:0:600}${reason:+ ($reason)}: $3"
 }

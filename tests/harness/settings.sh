@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# Reads the settings, and says what is wrong. Sourced by verify.sh and start.sh, in the top folder of the repository.
+# Reads and checks the settings. Also has printable, fail and is_local, which the other files use. Sourced by verify.sh and
+# start.sh, in the top folder of the repository.
 umask 077
-set +o noclobber # the environment can set it through SHELLOPTS
-export LC_ALL=C  # files and responses can contain any bytes
+export LC_ALL=C # files and responses can contain any bytes
 
 # printable TEXT: prints at most 900 characters of it, with ? for each that isn't printable ASCII: what a server sends must not
 # control the terminal.

@@ -37,5 +37,6 @@ fi
 
 request_mcp ''
 [ "$status" = 401 ] ||
-  fail "$MCP_URL is not a protected MCP server (expected 401, got $status): start it, or correct MCP_URL (no trailing slash)"
+  fail "$MCP_URL is not a protected MCP server (expected 401, got $status${curl_error:+, $curl_error}): \
+start it, or correct MCP_URL (no trailing slash)"
 echo "tier 01 is running: $AUTHSERVER_URL$stand_in and $MCP_URL"

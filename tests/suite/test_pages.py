@@ -109,6 +109,7 @@ def test_steps_and_server(sandbox: Sandbox) -> None:
     for printed, step in zip(output.split(END)[: len(steps)], steps, strict=True):
         assert_shown(printed, step)
     assert sandbox.leftovers() == []
+    assert (sandbox.project / "relay_server.py").exists()
     for name in ("admin.header", "client.json", "relay"):
         assert not (sandbox.project / name).exists()
 
