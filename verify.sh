@@ -67,14 +67,13 @@ check "unknown resource: rejected" "400 invalid_(target|scope)" \
   "the authorization server must reject a resource that is not registered"
 
 # The MCP server accepts only tokens that the authorization server has signed, and only those for its own audience. Without a
-# resource, the audience of a token is the authorization server. The tampered token is $token with the signature of
-# $other_token.
+# resource, the audience of a token is the authorization server. The tampered token has the signature of another one.
 request_token "$client_id" "$client_secret" scope=mcp:echo
 check "token without resource: issued" 200 "see the log of the authorization server"
-other_token=$(json_field access_token)
-request_mcp "${token%.*}.${other_token##*.}"
+token_without_resource=$(json_field access_token)
+request_mcp "${token%.*}.${token_without_resource##*.}"
 check "tampered token: rejected" "401.*" "the MCP server must verify the signature"
-request_mcp "$other_token"
+request_mcp "$token_without_resource"
 check "different audience: rejected" "401.*" "the MCP server must compare the audience with $RESOURCE_URI"
 
 # A deleted client can't get a token.

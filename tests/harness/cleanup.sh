@@ -27,8 +27,8 @@ clean_up() {
     wait "$job" 2>/dev/null
     if [ -n "$network" ]; then docker rm --force "$container" >/dev/null 2>&1; fi
   fi
-  # the client may be registered, although its id has not been read yet
-  if [ -z "$client_id" ] && [ "$url" = "${ADMIN_URL-}/admin/clients" ]; then
+  # the last request may have registered the client, although its id has not been read yet
+  if [ -z "$client_id" ] && [ "$url" = "${ADMIN_URL-}/admin/clients" ] && [[ $status = 2?? ]]; then
     client_id=$(jq -r '.client_id | strings' "$work/body" 2>/dev/null)
   fi
   if [ -n "$client_id" ]; then
@@ -36,7 +36,7 @@ clean_up() {
     case $status in
       204) ;;       # it is deleted
       400 | 404) ;; # there is no such client: it was deleted before
-      *) printf 'verify.sh: client %s was not deleted (%s): delete it manually\n' "$(printable "$client_id")" "$status" >&2 ;;
+      *) printf '%s: client %s was not deleted (%s): delete it manually\n' "${0##*/}" "$(printable "$client_id")" "$status" >&2 ;;
     esac
   fi
   if [ "$exit_status" != 0 ] && grep -qx "started by $$" .stand-in.log 2>/dev/null; then

@@ -25,6 +25,7 @@ else
   candidates=${PY:-python3.14 python3.13 python3.12 python3}
   for python in $candidates; do
     if version_of "$python" >/dev/null; then
+      if [ -e "$folder" ]; then echo "making $folder again: it can't be used"; fi
       rm -rf "$folder"
       "$python" -I -m venv "$folder"
       break
@@ -37,7 +38,7 @@ else
 fi
 
 echo "installing $requirements into $folder"
-# these settings would make pip install elsewhere, or not at all
+# pip's settings, of which some would make it install elsewhere, or not at all
 unset PIP_CONSTRAINT PIP_DRY_RUN PIP_PREFIX PIP_ROOT PIP_TARGET
 PIP_USER=0 "$folder/bin/python" -I -m pip install --quiet --disable-pip-version-check --no-compile \
   --require-hashes -r "$requirements"

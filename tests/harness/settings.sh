@@ -32,6 +32,7 @@ read_settings() {
       case $value in
         \"*) value=$(cut -d '"' -f 2 <<<"$value") ;;
         \'*) value=$(cut -d "'" -f 2 <<<"$value") ;;
+        \#*) value='' ;; # a comment
         *) value=${value%%[[:space:]]*} ;;
       esac
       if [ -z "${!name+set}" ]; then printf -v "$name" '%s' "$value"; fi

@@ -8,7 +8,7 @@ import signal
 import ssl
 import threading
 import time
-from base64 import b64decode
+from base64 import b64decode, urlsafe_b64decode
 from collections.abc import Mapping
 
 import pytest
@@ -95,6 +95,8 @@ def test_settings_precedence(guest: Sandbox) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     assert "expected the server $(touch ran), got " in guest.verify().stderr
     assert not (guest.project / "ran").exists()
+    (guest.project / ".env").write_text("MCP_SERVER_NAME= # a comment\n")
+    assert guest.verify().returncode == 0
 
 
 ACCEPTED = http_response("200 OK", '{"id": 1, "result": {"serverInfo": {"name": "demo-server"}}}')
@@ -300,11 +302,14 @@ def test_an_id_and_a_secret_of_any_characters(start_fake: StartFake, guest: Sand
     assert admin.requests[-1].path == "/admin/clients/..%2Fx?force=true"
 
 
-def test_deletes_no_client_that_another_server_names(
+def test_deletes_no_client_that_it_did_not_register(
     start_fake: StartFake, guest: Sandbox, credentials: Credentials
 ) -> None:
-    named = http_response("200 OK", json.dumps({"client_id": credentials[0]}))
+    body = json.dumps({"client_id": credentials[0]})
+    named, conflict = http_response("200 OK", body), http_response("409 Conflict", body)
     guest.verify(**behind_fakes(guest, start_fake, {"MCP_URL": respond_to(b"", named)}))
+    not_registered = {"ADMIN_URL": respond_to(b"/clients ", conflict)}
+    guest.verify(**behind_fakes(guest, start_fake, not_registered))
     assert credentials[0] in guest.authserver.clients()
 
 
@@ -324,8 +329,9 @@ def test_its_requests_to_the_mcp_server_are_the_agents(
         for name in ("accept", "content-type"):
             assert request.headers[name] == from_agent.headers[name]
     tampered, other = (each.headers["authorization"].split(".") for each in others)
-    assert tampered[:2] != other[:2]
-    assert tampered[2:] == other[2:]  # only the signature is that of another token
+    audiences = [json.loads(urlsafe_b64decode(f"{x[1]}=="))["aud"] for x in (tampered, other)]
+    assert audiences == [[guest.mcp_url], [guest.issuer]]
+    assert (tampered[0], tampered[2]) == (other[0], other[2])  # the header, the signature
 
 
 SECRET = r'(?:client_secret":|access_token":|authorization: \w+ )"?([^"\r]+)'

@@ -1,7 +1,7 @@
 """Run serve.py in the background: `start` returns when it is ready, `stop` when it has ended.
 
 `start` locks the log file. serve.py inherits the lock with its standard output, and keeps it until
-it ends, even if it is killed. So a file that nobody locks is left over, and harmless.
+it ends, even if it is killed. So a file without a lock is stale, and harmless.
 """
 
 import os
@@ -65,7 +65,7 @@ def read_log() -> str:
 def start() -> None:
     """Start serve.py unless it is running, and return when it is ready. Exit if it ends.
 
-    Whoever interrupts this calls `stop`.
+    If this is interrupted, the caller has to call `stop`.
     """
     server_environment = environment()
     with LOG.open("a") as log:
