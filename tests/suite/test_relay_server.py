@@ -325,6 +325,7 @@ async def test_calls_with_the_provider_do_not_wait_for_each_other(
 
 
 PROVIDER_CASES = {
+    "variable": Case("`KeyError", 'environ["CLIENT_ID"]', 'environ["MISSING"]'),
     "client": Case("`Token exchange failed (401)", 'environ["CLIENT_SECRET"]', '"wrong"'),
     "scope": Case("`Token exchange failed (400)", '["mcp:echo"]', '["mcp:a"]'),
     "issuer": Case("`metadata issuer", ISSUER, f'{ISSUER}.replace("localhost", "127.0.0.1")'),
